@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts to sample: upstream's `validation.json` or a plain list."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import PositiveInt
+
+from fastvideo.config.spec import Spec
+from fastvideo.errors import UserError
+
+
+class Prompt(Spec):
+    """One video to sample; what is empty comes from the recipe."""
+
+    caption: str
+    """The prompt."""
+    image_path: str | None = None
+    """First image, for image-to-video."""
+    video_path: str | None = None
+    """Video whose first frame is the first image."""
+    num_inference_steps: PositiveInt | None = None
+    """Denoising steps."""
+    height: PositiveInt | None = None
+    """Pixels."""
+    width: PositiveInt | None = None
+    """Pixels."""
+    num_frames: PositiveInt | None = None
+    """Pixel frames."""
+
+
+def load_prompts(path: Path) -> tuple[Prompt, ...]:
+    """Read ``{"data": [{"caption": ...}, ...]}`` or ``["a prompt", ...]``.
+
+    Raises:
+        UserError: The file, the entry and what is wrong with it.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from None
+    entries = tree.get("data") if isinstance(tree, dict) else tree
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f'{path}: write {{"data": [{{"caption": "..."}}]}} or a list of prompts')
+    return tuple(_prompt(entry, origin=f"{path}: data[{i}]") for i, entry in enumerate(entries))
+
+
+def _prompt(entry: Any, *, origin: str) -> Prompt:
+    if isinstance(entry, str):
+        entry = {"caption": entry}
+    if not isinstance(entry, dict):
+        raise UserError(f"{origin}: is {entry!r}; write a prompt or a table with a caption")
+    return Prompt.parse(entry, origin=origin)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe: which model, which clips, how to train and what to sample. One file, every verb."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from fastvideo.config.architectures import Architecture, architecture
+from fastvideo.config.spec import Spec
+from fastvideo.config.train import Share, Train
+
+
+def _not_empty(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty; write a path")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_not_empty)]
+
+
+class Model(Spec):
+    """The pretrained diffusers model to start from."""
+
+    family: Literal["wan2.1"]
+    """Architecture."""
+    path: Text
+    """Folder in diffusers format, or the id of a model on the Hugging Face Hub."""
+
+
+class Clip(Spec):
+    """The one shape every clip is brought to."""
+
+    num_frames: PositiveInt = 81
+    """Pixel frames; temporal stride of the VAE times n, plus 1."""
+    height: PositiveInt = 480
+    """Pixels; a multiple of VAE stride times patch."""
+    width: PositiveInt = 832
+    """Pixels; a multiple of VAE stride times patch."""
+    fps: PositiveFloat = 16.0
+    """Frames per second after resampling by time stamps."""
+
+
+class Filters(Spec):
+    """Which clips are used; one that is not becomes a `filtered` row with the reason."""
+
+    min_duration_s: PositiveFloat | None = None
+    """Shortest clip; clips shorter than `clip` needs are always filtered."""
+    max_duration_s: PositiveFloat | None = None
+    """Longest clip."""
+    min_fps: PositiveFloat | None = None
+    """Lowest frame rate of the file; below `clip.fps` frames repeat."""
+    max_fps: PositiveFloat | None = None
+    """Highest frame rate of the file."""
+    min_frames: PositiveInt | None = None
+    """Fewest frames in the file."""
+    min_height: PositiveInt | None = None
+    """Pixels, after rotation."""
+    min_width: PositiveInt | None = None
+    """Pixels, after rotation."""
+    min_caption_chars: PositiveInt = 1
+    """Captions shorter than this, white space stripped, are left out."""
+    max_caption_chars: PositiveInt = 10_000
+    """Captions longer than this are left out; text past the encoder's tokens has no effect."""
+    allow_duplicates: bool = False
+    """Keep files with the same content as an earlier one."""
+
+
+class MergedSource(Spec):
+    """A folder with `videos/` and `videos2caption.json`."""
+
+    kind: Literal["merged"] = "merged"
+    """Form of the data set."""
+    path: Path
+    """The folder."""
+    max_failed: Share = 0.1
+    """Share of clips that may fail before preprocessing counts as failed."""
+    heldout: Share = 0.0
+    """Share of clips kept out of training, by a seeded hash of the id, where an item does not say
+    `split`."""
+    heldout_seed: NonNegativeInt = 0
+    """Seed of that hash."""
+    filters: Filters = Filters()
+    """Which clips are used."""
+
+
+class Shards(Spec):
+    """The Parquet files between preprocessing and training."""
+
+    path: Path
+    """Folder; recipes with the same model, clip and source share it."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Of stored latents; float32 stores every tensor so, and upstream FastVideo can read it."""
+    rows: PositiveInt = 64
+    """Clips per shard."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the VAE computes."""
+    text_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """In which the text encoder computes, and its embeddings are stored."""
+
+
+class Preprocess(Spec):
+    """How preprocessing uses the machine; none of it changes what the shards hold."""
+
+    decode_workers: NonNegativeInt = 2
+    """Processes that decode ahead of the encoders; 0 decodes in the encoders' process."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the encoders run; auto takes the GPU if there is one."""
+
+
+class Validation(Spec):
+    """Prompts that are encoded in preprocessing, for samples without a text encoder."""
+
+    prompts: Path | None = None
+    """A JSON file as `generate.prompts`; empty for none."""
+
+
+class Export(Spec):
+    """The folder that diffusers loads."""
+
+    max_shard_gib: PositiveFloat = 5.0
+    """Largest safetensors file; larger weights are split, with an index."""
+    components: Literal["link", "copy"] = "link"
+    """How the untouched parts come in: hard links where the file system allows, else copies."""
+
+
+class Generate(Spec):
+    """Sampling with the diffusers pipeline."""
+
+    prompts: Path | None = None
+    """JSON: upstream's `{"data": [{"caption": ...}]}` or a list of prompts."""
+    weights: Literal["export", "base"] = "export"
+    """Sample the exported model, or the base model before finetuning."""
+    seed: NonNegativeInt = 0
+    """Of the first prompt; prompt i takes seed + i."""
+    num_inference_steps: PositiveInt = 50
+    """For prompts that do not say their own."""
+    guidance_scale: float = Field(default=5.0, ge=1)
+    """Classifier-free guidance; 1 switches it off."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to sample; auto takes the GPU if there is one."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the transformer and the text encoder; the VAE stays float32."""
+
+
+class Recipe(Spec):
+    """Raw videos in, finetuned model and samples out. Paths are relative to the working folder."""
+
+    model: Model
+    """Where to start from."""
+    clip: Clip = Clip()
+    """Shape of a clip."""
+    source: MergedSource
+    """The raw videos."""
+    shards: Shards
+    """What preprocessing writes."""
+    run_dir: Path
+    """What training, export and sampling write."""
+    preprocess: Preprocess = Preprocess()
+    """How preprocessing uses the machine."""
+    train: Train = Train()
+    """Training."""
+    validation: Validation = Validation()
+    """Prompts for samples."""
+    export: Export = Export()
+    """The result."""
+    generate: Generate = Generate()
+    """Sampling after training."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The facts of ``model.family``."""
+        return architecture(self.model.family)
+
+    @model_validator(mode="after")
+    def _clip_fits_the_model(self) -> Self:
+        clip = self.clip
+        problems = self.architecture.misfits(
+            num_frames=clip.num_frames, height=clip.height, width=clip.width
+        )
+        if problems:
+            raise ValueError("; ".join(f"clip.{problem}" for problem in problems))
+        return self
+
+    @model_validator(mode="after")
+    def _expert_exists(self) -> Self:
+        experts = self.architecture.experts
+        chosen = self.train.expert
+        if chosen is not None and chosen not in experts:
+            raise ValueError(
+                f"train.expert={chosen}: {self.model.family} has one transformer; remove the key"
+            )
+        return self

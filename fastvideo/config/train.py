@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `train` table of a recipe."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from fastvideo.config.spec import Spec
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Full(Spec):
+    """Update every weight of the transformer."""
+
+    kind: Literal["full"] = "full"
+    """What trains."""
+
+
+class AdamW(Spec):
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
+    kind: Literal["adamw"] = "adamw"
+    """Which optimizer."""
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of the running mean and of the running square of the gradient."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = Field(default=1e-2, ge=0)
+    """Decoupled decay per unit of learning rate; matrices only, never norms and biases."""
+
+
+class Schedule(Spec):
+    """The learning rate as a function of the step alone."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear growth from 0 to the peak."""
+    min_lr_ratio: Share = 0.0
+    """Where `linear` and `cosine` end, as a share of the peak."""
+
+
+class Timesteps(Spec):
+    """How the noise level sigma of a training sample is drawn."""
+
+    density: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    """Density of u in (0, 1) before the shift (Esser et al., 2024, section 3.1)."""
+    logit_mean: float = 0.0
+    """Mean of the normal under `logit_normal`."""
+    logit_std: PositiveFloat = 1.0
+    """Standard deviation of the normal under `logit_normal`."""
+    mode_scale: float = Field(default=1.29, ge=-1, le=1.75)
+    """Weight of the middle timesteps under `mode`."""
+    shift: PositiveFloat | None = None
+    """sigma = shift*u / (1 + (shift-1)*u); empty takes the model's own `flow_shift`."""
+
+
+class Checkpoints(Spec):
+    """When the whole training state is saved."""
+
+    every_steps: PositiveInt = 500
+    """A checkpoint each so many steps, and always after the last."""
+    keep_last: PositiveInt = 2
+    """Older ones are removed after a newer one is complete."""
+
+
+class Heldout(Spec):
+    """Loss on clips that are not trained on, at fixed timesteps and noise."""
+
+    every_steps: PositiveInt | None = 500
+    """Measured each so many steps, before the first and after the last; empty switches it off."""
+    num_timesteps: PositiveInt = 5
+    """Evenly spaced quantiles of the training density."""
+    max_clips: PositiveInt = 64
+    """Clips used, the first ones in the order of the shards."""
+
+
+class Train(Spec):
+    """Training of the transformer on the shards."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    seed: NonNegativeInt = 0
+    """Of the order, the noise, the timesteps, the dropout and the choice of captions."""
+    global_batch_size: PositiveInt = 8
+    """Samples per optimizer step, whatever the number of processes."""
+    micro_batch_size: PositiveInt | None = None
+    """Samples per forward and backward; divides the batch of a process; empty takes all of it."""
+    expert: Literal["high", "low"] | None = None
+    """The expert of Wan2.2 A14B to train; empty for models with one transformer."""
+    method: Full = Full()
+    """What trains and what is saved."""
+    optimizer: AdamW = AdamW()
+    """Which optimizer and its settings."""
+    schedule: Schedule = Schedule()
+    """The learning rate over the steps."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this total 2-norm."""
+    timesteps: Timesteps = Timesteps()
+    """Density of the noise levels."""
+    text_dropout: Share = 0.1
+    """Share of samples trained with the embedding of the empty prompt, for guidance."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the computation; weights, gradients and optimizer state stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes the GPU if there is one."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """Whether each block is computed again in the backward pass to save memory."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time; slower on a GPU."""
+    checkpoint: Checkpoints = Checkpoints()
+    """When to save."""
+    heldout: Heldout = Heldout()
+    """When to measure the held-out loss."""
+    log_every_steps: PositiveInt = 10
+    """A line of metrics.jsonl and TensorBoard each so many steps."""
+    loader_workers: NonNegativeInt = 2
+    """Threads that read samples ahead; 0 reads in the loop."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        micro = self.micro_batch_size
+        if micro is not None and self.global_batch_size % micro:
+            fits = [
+                n for n in range(1, self.global_batch_size + 1) if not self.global_batch_size % n
+            ]
+            raise ValueError(
+                f"micro_batch_size={micro} does not divide global_batch_size="
+                f"{self.global_batch_size}; use one of {', '.join(map(str, fits))}"
+            )
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is more than steps="
+                f"{self.steps}; lower it"
+            )
+        return self

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain log lines on stderr, and progress that is a bar on a terminal and lines elsewhere."""
+
+import logging
+import sys
+import time
+
+from tqdm import tqdm
+
+logger = logging.getLogger("fastvideo")
+
+
+def setup() -> None:
+    """Send the package's messages to stderr, one line each, with the time."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line at most every ``every_s`` seconds and at the end."""
+
+    def __init__(self, label: str, *, total: int, done: int = 0, every_s: float = 30.0) -> None:
+        """Start at ``done`` of ``total``."""
+        self._label, self._total, self._done = label, total, done
+        self._every_s, self._last_s = every_s, time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=label, dynamic_ncols=True)
+
+    def advance(self, text: str = "") -> None:
+        """Count one more; ``text`` says how it goes."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+            return
+        now_s = time.monotonic()
+        if now_s - self._last_s >= self._every_s or self._done == self._total:
+            self._last_s = now_s
+            logger.info("%s %d/%d %s", self._label, self._done, self._total, text)
+
+    def close(self) -> None:
+        """Leave the terminal's line."""
+        if self._bar is not None:
+            self._bar.close()
