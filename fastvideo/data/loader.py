@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shards to samples: an index from the markers, a seeded order, reads ahead of the loop.
+
+Axes: C channels, T/Y/X latent frames, rows, columns, L text tokens, D text dimension.
+"""
+
+import collections
+import concurrent.futures
+import json
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastvideo import state
+from fastvideo.data.shard import StoredTensor, stored_tensor
+from fastvideo.errors import UserError
+from fastvideo.state import ShardStore
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip as stored: raw latent (C, T, Y, X) and the embedding (L, D) of each caption."""
+
+    id: str
+    vae_latent: Tensor
+    texts: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    id: str
+    vae_latent: StoredTensor
+    text: StoredTensor
+    more_text: StoredTensor | None
+    more_lengths: tuple[int, ...]
+
+
+class Samples:
+    """Random access to the clips of one split, in the order of shards and rows."""
+
+    def __init__(self, store: ShardStore, *, split: Literal["train", "heldout"]) -> None:
+        """Index the complete shards of the plan; no Parquet footer is read.
+
+        Raises:
+            UserError: No plan, or shards that are missing.
+        """
+        plan = complete_plan(store)
+        splits = dict(_splits(store))
+        self._entries = [
+            _entry(store.shard(index), row)
+            for index in state.shard_indices(plan)
+            for row in _rows(store, plan, index)
+            if splits[row["id"]] == split
+        ]
+
+    def __len__(self) -> int:
+        """Number of clips."""
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one clip from disk."""
+        entry = self._entries[index]
+        texts = [entry.text.read()]
+        if entry.more_text is not None:
+            texts += entry.more_text.read().split(entry.more_lengths)
+        return Sample(entry.id, entry.vae_latent.read(), tuple(texts))
+
+
+def complete_plan(store: ShardStore) -> dict[str, Any]:
+    """Return the plan of shards that are all there; a ``UserError`` names those that are not."""
+    plan = store.read_plan()
+    if plan is None:
+        raise UserError(f"{store.root}: holds no planned shards; run preprocess first")
+    missing = [
+        index
+        for index in state.shard_indices(plan)
+        if not store.done(index, fingerprint=plan["shards"][str(index)]["fingerprint"])
+    ]
+    if missing:
+        listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        raise UserError(
+            f"{store.root}: {len(missing)} of {len(plan['shards'])} shards are missing or out of "
+            f"date ({listed}); run preprocess"
+        )
+    return plan
+
+
+def _splits(store: ShardStore) -> Iterator[tuple[str, str]]:
+    with open(store.clips, encoding="utf-8") as lines:
+        for line in lines:
+            clip = json.loads(line)
+            if clip["state"] == "accepted":
+                yield clip["id"], clip["split"]
+
+
+def _rows(store: ShardStore, plan: dict[str, Any], index: int) -> list[dict[str, Any]]:
+    marker = state.read_marker(
+        store.shard(index), fingerprint=plan["shards"][str(index)]["fingerprint"]
+    )
+    assert marker is not None  # complete_plan has seen it
+    rows: list[dict[str, Any]] = marker["rows"]
+    return rows
+
+
+def _entry(path: Path, row: dict[str, Any]) -> _Entry:
+    latent, text = (stored_tensor(path, row, name) for name in ("vae_latent", "text_embedding"))
+    assert latent is not None and text is not None
+    more = stored_tensor(path, row, "more_text_embeddings")
+    return _Entry(row["id"], latent, text, more, tuple(row.get("more_text_lengths", ())))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which sample stands at a position of the endless order."""
+
+    epoch: int
+    index: int
+
+
+class Order:
+    """A permutation per epoch, a function of (seed, epoch); the state is one global position."""
+
+    def __init__(self, num_samples: int, *, seed: int) -> None:
+        """Order ``num_samples`` samples."""
+        self._num_samples, self._seed = num_samples, seed
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, position: int) -> Place:
+        """Place of the sample at a global position, counted from 0 over all epochs."""
+        epoch, within = divmod(position, self._num_samples)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(state.seed_of(self._seed, "order", epoch))
+            self._permutation = torch.randperm(self._num_samples, generator=generator)
+            self._epoch = epoch
+        return Place(epoch, int(self._permutation[within]))
+
+
+def read_ahead(
+    read: Callable[[Place], T], places: Iterable[Place], *, threads: int, ahead: int
+) -> Generator[T]:
+    """Yield ``read(place)`` in order while ``threads`` work up to ``ahead`` places further on.
+
+    Threads suit this work: reading, checksums and random numbers all release the interpreter.
+    """
+    if threads == 0:
+        yield from map(read, places)
+        return
+    upcoming = iter(places)
+    pending: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+    pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="loader")
+    try:
+        while True:
+            while len(pending) < ahead and (place := next(upcoming, None)) is not None:
+                pending.append(pool.submit(read, place))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
