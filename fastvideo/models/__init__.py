@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model families: encoders, transformer forward and flow matching over diffusers' modules."""
