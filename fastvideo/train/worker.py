@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training process: builds model, data and optimizer, resumes, and runs the loop."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvideo import checkpoint, state
+from fastvideo.config.recipe import Recipe
+from fastvideo.data.loader import Samples
+from fastvideo.data.shard import read_prompts
+from fastvideo.errors import UserError
+from fastvideo.log import logger
+from fastvideo.models.family import Family, LatentStatistics, find_family, find_model, pick_device
+from fastvideo.state import RunDir, ShardStore
+from fastvideo.train import loop
+from fastvideo.train.draw import Batch, Draw
+from fastvideo.train.method import build_method, build_optimizer
+from fastvideo.train.stop import StopRequest
+
+
+def train(recipe: Recipe, *, transformer: str, plan: Mapping[str, Any], stop: StopRequest) -> None:
+    """Train one transformer of the model from its newest complete checkpoint.
+
+    Args:
+        recipe: Checked against ``plan``.
+        transformer: Folder of the transformer in the model.
+        plan: The plan of complete shards.
+        stop: Watched between steps.
+
+    Raises:
+        Stopped: A stop was asked for; the state is saved.
+        UserError: Something about the input, said with the fix.
+    """
+    if recipe.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    device = pick_device(recipe.train.device)
+    path = find_model(recipe.model.path)
+    family = find_family(recipe.model.family)
+    if transformer not in family.transformers(path):
+        raise UserError(f"model.path={path}: has no {transformer}/")
+    _check_vae(path, settings=plan["settings"], store=ShardStore(recipe.shards.path))
+    draw, heldout = _draws(recipe, family, plan)
+    if len(draw.samples) == 0:
+        raise UserError(f"{recipe.shards.path}: holds no clips to train on, only held-out ones")
+
+    model = family.load_transformer(path, folder=transformer)
+    assert isinstance(model, nn.Module)
+    build_method(recipe.train.method).prepare(model)
+    model.to(device).train()
+    optimizer = build_optimizer(model, recipe.train.optimizer)
+    directory = RunDir(recipe.run_dir).training(transformer)
+    start_step, losses = _resume(directory, checkpoint.Saved(model, optimizer))
+    logger.info(
+        "%s: %.2f M parameters on %s, %d clips, %d held out, from step %d to %d",
+        transformer,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        device,
+        len(draw.samples),
+        len(heldout.samples),
+        start_step,
+        recipe.train.steps,
+    )
+    job = loop.Job(
+        train=recipe.train,
+        directory=directory,
+        model=model,
+        optimizer=optimizer,
+        predict=_predictor(recipe, family),
+        draw=draw,
+        heldout=heldout,
+        device=device,
+        stop=stop,
+        about={"data": state.fingerprint(plan["shards"])},
+    )
+    loop.run(job, start_step=start_step, losses=losses)
+
+
+def _predictor(recipe: Recipe, family: Family) -> loop.Predict:
+    checkpointing = recipe.train.activation_checkpointing == "full"
+
+    def predict(model: nn.Module, batch: Batch, noised_BCTYX: Tensor) -> Tensor:
+        return family.predict(
+            model,
+            noised_BCTYX=noised_BCTYX,
+            sigma_B=batch.sigma,
+            text=batch.texts,
+            activation_checkpointing=checkpointing and torch.is_grad_enabled(),
+        )
+
+    return predict
+
+
+def _draws(recipe: Recipe, family: Family, plan: Mapping[str, Any]) -> tuple[Draw, Draw]:
+    store = ShardStore(recipe.shards.path)
+    settings = plan["settings"]
+    shift = recipe.train.timesteps.shift or family.flow_shift(find_model(recipe.model.path))
+    empty_text = read_prompts(store, settings=settings)[""]
+    statistics = LatentStatistics(tuple(settings["latents_mean"]), tuple(settings["latents_std"]))
+    training, heldout = (
+        Draw(
+            samples=Samples(store, split=split),
+            statistics=statistics,
+            timesteps=recipe.train.timesteps,
+            shift=shift,
+            seed=recipe.train.seed,
+            text_dropout=recipe.train.text_dropout,
+            empty_text=empty_text,
+        )
+        for split in ("train", "heldout")
+    )
+    return training, heldout
+
+
+def _check_vae(path: Path, *, settings: Mapping[str, Any], store: ShardStore) -> None:
+    """Where the model's VAE is at hand, it must be the one the shards were encoded with."""
+    hashes = state.HashCache(store.hashes)
+    for name, sha256 in settings["encoders"]["vae"].items():
+        if (path / name).is_file() and hashes.sha256(path / name) != sha256:
+            raise UserError(
+                f"{store.root}: was encoded with another VAE than {path / name}; run preprocess, "
+                "or use the model.path the shards were made with"
+            )
+
+
+def _resume(directory: state.TrainDir, saved: checkpoint.Saved) -> tuple[int, list[float]]:
+    """Load the newest complete checkpoint; its step and the losses not recorded yet."""
+    steps = directory.complete_checkpoints()
+    if not steps:
+        return 0, []
+    folder = directory.checkpoint(steps[-1])
+    marker = state.read_checkpoint_marker(folder)
+    assert marker is not None
+    checkpoint.load(folder, saved)
+    logger.info("continuing from %s", folder)
+    return steps[-1], list(marker["losses"])
