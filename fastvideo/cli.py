@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``fastvideo VERB RECIPE [key.path=value ...]``; a verb is imported when run."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastvideo import __version__, log
+from fastvideo.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    EXIT_UNEXPECTED,
+    EXIT_USER_ERROR,
+    Stopped,
+    UserError,
+)
+
+if TYPE_CHECKING:
+    from fastvideo.config.recipe import Recipe
+
+VERBS = {
+    "preprocess": "encode raw videos and captions into Parquet shards",
+    "train": "finetune on the shards; continues from the newest checkpoint",
+    "export": "turn the newest checkpoint into a model folder for diffusers",
+    "generate": "sample videos from the exported model",
+    "run": "preprocess, train, export and generate, skipping what is complete",
+    "status": "show what is done and what is missing",
+    "tiny": "write a tiny random model of the recipe's architecture to model.path",
+}
+
+EPILOG = """exit codes: 0 done, 1 unexpected error, 2 mistake in the input, 75 stopped on request \
+with the state saved (run the same command again). Options of a recipe: docs/config.md"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv) if argv else parser.parse_args(["--help"])
+    log.setup()
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"fastvideo {arguments.verb}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Stopped as stopped:
+        print(f"fastvideo {arguments.verb}: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastvideo"):
+            raise
+        print(
+            f"fastvideo {arguments.verb}: needs {error.name}, which is not installed here; "
+            "pip install 'fastvideo-hpc[train]'",
+            file=sys.stderr,
+        )
+        return EXIT_UNEXPECTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    verbs = "\n".join(f"  {name:<11} {text}" for name, text in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="fastvideo",
+        description=f"Finetune video diffusion models on your own clips.\n\nverbs:\n{verbs}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do, see above")
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="YAML file, see configs/recipes"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="change one value of the recipe"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.add_argument(
+        "--manifest-only", action="store_true", help="preprocess: plan the shards, encode nothing"
+    )
+    parser.add_argument("--shards", metavar="0-3,7", help="preprocess: fill only these shards")
+    parser.add_argument("--clips", action="store_true", help="status: a line per input clip")
+    parser.add_argument(
+        "--force", action="store_true", help="train, run: go on although recipe or data changed"
+    )
+    return parser
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    _refuse_foreign_options(arguments)
+    if arguments.verb == "run":
+        from fastvideo import pipeline
+
+        _load(arguments)  # a mistake is said once, before the first verb
+        return pipeline.run(arguments.recipe, arguments.overrides, force=arguments.force)
+    recipe = _load(arguments)
+    actions: dict[str, Callable[[Recipe, argparse.Namespace], Any]] = {
+        "preprocess": _preprocess,
+        "train": _train,
+        "export": _export,
+        "generate": _generate,
+        "status": _status,
+        "tiny": _tiny,
+    }
+    result = actions[arguments.verb](recipe, arguments)
+    if arguments.json:
+        print(json.dumps(result))
+    return EXIT_DONE
+
+
+def _load(arguments: argparse.Namespace) -> "Recipe":
+    from fastvideo.config.recipe import Recipe
+
+    return Recipe.load(arguments.recipe, arguments.overrides)
+
+
+def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
+    owners = {
+        "manifest_only": ("preprocess",),
+        "shards": ("preprocess",),
+        "clips": ("status",),
+        "force": ("train", "run"),
+    }
+    for name, verbs in owners.items():
+        if getattr(arguments, name) and arguments.verb not in verbs:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} belongs to {' and '.join(verbs)}; leave it out")
+
+
+def _preprocess(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
+    from fastvideo.preprocess import preprocess
+
+    shards = parse_shards(arguments.shards) if arguments.shards else None
+    if shards is not None and arguments.manifest_only:
+        raise UserError("--manifest-only plans all shards; leave out --shards")
+    return preprocess(recipe, shards=shards, manifest_only=arguments.manifest_only)
+
+
+def _train(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
+    from fastvideo.train.launcher import train
+
+    return train(recipe, force=arguments.force)
+
+
+def _export(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
+    from fastvideo.export import export
+
+    return export(recipe)
+
+
+def _generate(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
+    from fastvideo.generate import generate
+
+    return generate(recipe)
+
+
+def _status(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
+    from fastvideo import status
+
+    if arguments.clips:
+        for line in status.clip_lines(recipe):
+            print(line)
+    counts = status.summary(recipe)
+    if not arguments.json and not arguments.clips:
+        print(status.describe(counts))
+    return counts
+
+
+def _tiny(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
+    folder = Path(recipe.model.path)
+    if (folder / "model_index.json").is_file():
+        log.logger.info("already there: %s", folder)
+    elif folder.exists():
+        raise UserError(
+            f"model.path={folder}: exists and is not a model; remove it or name another"
+        )
+    else:
+        from fastvideo.models.tiny import write_tiny
+
+        write_tiny(folder)
+        log.logger.info("wrote %s", folder)
+    return {"path": str(folder)}
+
+
+def parse_shards(text: str) -> list[int]:
+    """``0-3,7`` as ``[0, 1, 2, 3, 7]``."""
+    indices: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match:
+            raise UserError(f"--shards {text}: {part!r} is not a number or a range like 0-3")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"--shards {text}: {part!r} runs backwards")
+        indices.extend(range(first, last + 1))
+    return sorted(set(indices))

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans preprocessing: one row per input item, and for each accepted clip its place in a shard."""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastvideo import state
+from fastvideo.config.recipe import MergedSource, Recipe
+from fastvideo.data.changes import log_changes
+from fastvideo.data.decode import DECODE_SETTINGS, VideoInfo
+from fastvideo.data.examine import Examined, examine
+from fastvideo.data.filters import reject_captions, reject_video, usable_captions
+from fastvideo.data.source import Item, read_merged
+from fastvideo.errors import UserError
+from fastvideo.log import logger
+from fastvideo.state import ShardStore
+
+
+@dataclass(frozen=True)
+class ClipRow:
+    """What is known and decided about one input item."""
+
+    item: int
+    """Position in the source, from 0."""
+    id: str
+    """The path as the source writes it; empty if there is none."""
+    path: str
+    """The file, relative to ``videos/``; empty if the item cannot be used."""
+    captions: tuple[str, ...]
+    """Usable captions; all of them where none is."""
+    split: str
+    """``train`` or ``heldout``; empty without an id."""
+    state: Literal["accepted", "filtered", "failed"]
+    reason: str
+    """Why it is not accepted, in snake_case."""
+    detail: str
+    """The same for people, with the offending value."""
+    shard: int | None
+    """None unless accepted."""
+    row: int | None
+    """Position in the shard; clips that fail later take none in the file."""
+    bytes: int
+    """Size of the file; this and what follows is 0 or empty if the file was not looked at."""
+    mtime_ns: int
+    """Time of its last change."""
+    sha256: str
+    """Of its content."""
+    width: int
+    """This and what follows is as in `VideoInfo`."""
+    height: int
+    fps: float
+    num_frames: int
+    duration_s: float
+    rotation: int
+    codec: str
+
+
+_INT, _TEXT = pa.int64(), pa.string()
+_SCHEMA = pa.schema(
+    [
+        pa.field("item", _INT),
+        *(pa.field(name, _TEXT) for name in ("id", "path")),
+        pa.field("captions", pa.list_(_TEXT)),
+        *(pa.field(name, _TEXT) for name in ("split", "state", "reason", "detail")),
+        *(pa.field(name, _INT) for name in ("shard", "row", "bytes", "mtime_ns")),
+        pa.field("sha256", _TEXT),
+        *(pa.field(name, _INT) for name in ("width", "height")),
+        pa.field("fps", pa.float64()),
+        pa.field("num_frames", _INT),
+        pa.field("duration_s", pa.float64()),
+        pa.field("rotation", _INT),
+        pa.field("codec", _TEXT),
+    ]
+)
+
+
+def plan_manifest(recipe: Recipe, *, store: ShardStore, settings: dict[str, Any]) -> dict[str, Any]:
+    """Look at every clip, give each accepted one a shard, and write the manifest and the plan.
+
+    A clip keeps its shard as long as it is accepted, new clips make new shards, and an index is
+    never used again. Files that are unchanged since the last plan are not read again. If nothing
+    changed, nothing is written; otherwise the old plan goes first and the new one comes last, so
+    that a kill leaves either no plan or one that fits its files.
+
+    Args:
+        recipe: ``source``, ``clip``, ``shards.rows`` and ``preprocess.decode_workers`` matter.
+        store: Where to write.
+        settings: Plain values that decide, with its clips, what a shard holds.
+
+    Returns:
+        The plan, as ``store.read_plan()`` reads it.
+
+    Raises:
+        UserError: The source cannot be read.
+        OSError: A file could not be read; no clip is to blame.
+    """
+    settings = json.loads(state.canonical(settings))
+    previous = _read_previous(store)
+    items = read_merged(recipe.source)
+    videos = recipe.source.path.absolute() / "videos"
+    files = {str(i.path.relative_to(videos)): i.path for i in items if i.path is not None}
+    workers = recipe.preprocess.decode_workers
+    known = previous.examined()
+    examined = examine(files, known=known, journal=store.probes, workers=workers)
+    rows = _judge(items, recipe=recipe, videos=videos, examined=examined)
+    rows, next_shard = _place(rows, previous=previous, rows_per_shard=recipe.shards.rows)
+    manifest = Manifest(rows, settings, next_shard)
+    plan = _write(manifest, store=store)
+    store.probes.unlink(missing_ok=True)
+    _log_summary(rows, plan)
+    if previous.next_shard:
+        old = previous.clips_by_shard(), previous.settings
+        log_changes(old=old, new=(manifest.clips_by_shard(), settings))
+    return plan
+
+
+def read_rows(store: ShardStore, shard: int | None = None) -> list[ClipRow]:
+    """All rows in the order of the source, or those of one shard in its order.
+
+    Raises:
+        UserError: There is no manifest.
+    """
+    try:
+        status = store.manifest.stat()
+    except FileNotFoundError:
+        message = f"{store.manifest}: there is no manifest; run preprocess --manifest-only first"
+        raise UserError(message) from None
+    rows, by_shard = _read_cached(store.manifest, status.st_size, status.st_mtime_ns)
+    return list(rows if shard is None else by_shard.get(shard, ()))
+
+
+# ---------------------------------------------------------------- judge
+
+
+def _judge(
+    items: Sequence[Item], *, recipe: Recipe, videos: Path, examined: Mapping[str, Examined]
+) -> list[ClipRow]:
+    """Rows without places; of files with the same content the first accepted one counts."""
+    rows: list[ClipRow] = []
+    first_with: dict[str, str] = {}
+    for item in items:
+        path = str(item.path.relative_to(videos)) if item.path is not None else ""
+        row = _judge_one(item, path=path, file=examined.get(path), recipe=recipe)
+        if row.state == "accepted" and not recipe.source.filters.allow_duplicates:
+            twin = first_with.setdefault(row.sha256, row.id)
+            if twin != row.id:
+                detail = f"the same content as {twin!r}"
+                row = _with_verdict(row, "filtered", "duplicate_content", detail)
+        rows.append(row)
+    return rows
+
+
+def _judge_one(item: Item, *, path: str, file: Examined | None, recipe: Recipe) -> ClipRow:
+    filters = recipe.source.filters
+    captions = usable_captions(item.captions, filters=filters) or item.captions
+    row = _row(item, path=path, file=file, captions=captions, source=recipe.source)
+    if item.problem is not None:
+        return _with_verdict(row, *item.problem)
+    assert file is not None
+    if file.fault is not None:
+        return _with_verdict(row, "failed", *file.fault)
+    assert file.info is not None
+    rejected = reject_captions(captions, filters=filters)
+    rejected = rejected or reject_video(file.info, clip=recipe.clip, filters=filters)
+    return _with_verdict(row, "filtered", *rejected) if rejected else row
+
+
+def _row(
+    item: Item,
+    *,
+    path: str,
+    file: Examined | None,
+    captions: tuple[str, ...],
+    source: MergedSource,
+) -> ClipRow:
+    info = file.info if file and file.info else VideoInfo(0, 0, 0, 0.0, 0, 0.0, "")
+    return ClipRow(
+        item=item.index,
+        id=item.id,
+        path=path,
+        captions=captions,
+        split=(item.split or _seeded_split(item.id, source=source)) if item.id else "",
+        state="accepted",
+        reason="",
+        detail="",
+        shard=None,
+        row=None,
+        bytes=file.bytes if file else 0,
+        mtime_ns=file.mtime_ns if file else 0,
+        sha256=file.sha256 if file else "",
+        **dataclasses.asdict(info),
+    )
+
+
+def _with_verdict(
+    row: ClipRow, verdict: Literal["filtered", "failed"], reason: str, detail: str
+) -> ClipRow:
+    return dataclasses.replace(row, state=verdict, reason=reason, detail=detail)
+
+
+def _seeded_split(clip: str, *, source: MergedSource) -> str:
+    """The same for a clip whatever other clips there are."""
+    digest = hashlib.sha256(f"{source.heldout_seed}:{clip}".encode()).digest()
+    return "heldout" if int.from_bytes(digest[:8], "big") < source.heldout * 2**64 else "train"
+
+
+# ---------------------------------------------------------------- place
+
+
+def _place(
+    rows: Sequence[ClipRow], *, previous: "Manifest", rows_per_shard: int
+) -> tuple[list[ClipRow], int]:
+    """Give accepted rows a shard and a row; also returns the next free shard."""
+    places = {row.path: (row.shard, row.row) for row in previous.rows if row.shard is not None}
+    accepted = [index for index, row in enumerate(rows) if row.state == "accepted"]
+    kept = sorted((places[rows[i].path], i) for i in accepted if rows[i].path in places)
+    new = [i for i in accepted if rows[i].path not in places]
+    placed = list(rows)
+    for shard, group in itertools.groupby(kept, key=lambda entry: entry[0][0]):
+        for position, (_, index) in enumerate(group):
+            placed[index] = dataclasses.replace(rows[index], shard=shard, row=position)
+    for count, index in enumerate(new):
+        shard, position = divmod(count, rows_per_shard)
+        shard += previous.next_shard
+        placed[index] = dataclasses.replace(rows[index], shard=shard, row=position)
+    return placed, previous.next_shard + -(-len(new) // rows_per_shard)
+
+
+# ---------------------------------------------------------------- write and read
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``manifest.parquet``."""
+
+    rows: Sequence[ClipRow] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    next_shard: int = 0
+    """Higher than any index that was ever used."""
+    probe_version: int | None = DECODE_SETTINGS["version"]
+
+    def clips_by_shard(self) -> dict[int, dict[str, tuple[str, tuple[str, ...]]]]:
+        """For each shard in order: id to (sha256, captions), in order."""
+        accepted = [row for row in self.rows if row.shard is not None]
+        shards: dict[int, dict[str, tuple[str, tuple[str, ...]]]] = {}
+        for row in sorted(accepted, key=lambda row: (row.shard, row.row)):
+            assert row.shard is not None
+            shards.setdefault(row.shard, {})[row.id] = (row.sha256, row.captions)
+        return shards
+
+    def examined(self) -> dict[str, Examined]:
+        """What is known of the files, by path, if this version of the code found it."""
+        if self.probe_version != DECODE_SETTINGS["version"]:
+            return {}
+        return {row.path: _examined(row) for row in self.rows if row.sha256}
+
+
+_INFO_FIELDS = tuple(field.name for field in dataclasses.fields(VideoInfo))
+
+
+def _examined(row: ClipRow) -> Examined:
+    info = VideoInfo(**{name: getattr(row, name) for name in _INFO_FIELDS}) if row.codec else None
+    fault = None if info else (row.reason, row.detail)
+    return Examined(row.bytes, row.mtime_ns, row.sha256, info, fault)
+
+
+def _write(manifest: Manifest, *, store: ShardStore) -> dict[str, Any]:
+    table, clips = _parquet(manifest), _json_lines(manifest.rows)
+    shards = {
+        str(index): {
+            "rows": len(entries),
+            "fingerprint": state.fingerprint(
+                {
+                    "settings": manifest.settings,
+                    "clips": [[clip, *entry] for clip, entry in entries.items()],
+                }
+            ),
+        }
+        for index, entries in manifest.clips_by_shard().items()
+    }
+    plan = {
+        "schema": state.SCHEMA_VERSION,
+        "settings": manifest.settings,
+        "manifest_bytes": len(table),
+        "clips_bytes": len(clips),
+        "shards": shards,
+    }
+    same = _holds(store.manifest, table) and _holds(store.clips, clips)
+    if not (same and state.read_json(store.plan) == plan):
+        store.plan.unlink(missing_ok=True)
+        state.fault("plan.remove")
+        state.write_bytes(store.manifest, table, point="manifest")
+        state.write_bytes(store.clips, clips, point="clips")
+        state.write_json(store.plan, plan, point="plan")
+    return plan
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(data) and path.read_bytes() == data
+    except FileNotFoundError:
+        return False
+
+
+def _parquet(manifest: Manifest) -> bytes:
+    names = _SCHEMA.names
+    columns = {name: [getattr(row, name) for row in manifest.rows] for name in names}
+    metadata = {
+        "fastvideo.schema": str(state.SCHEMA_VERSION),
+        "fastvideo.probe_version": str(manifest.probe_version),
+        "fastvideo.next_shard": str(manifest.next_shard),
+        "fastvideo.settings": state.canonical(manifest.settings),
+    }
+    table = pa.table(columns, schema=_SCHEMA.with_metadata(metadata))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def _json_lines(rows: Sequence[ClipRow]) -> bytes:
+    keys = ("item", "id", "split", "state", "reason", "detail", "shard")
+    lines = ({key: getattr(row, key) for key in keys} for row in rows)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return text.encode()
+
+
+def _read_previous(store: ShardStore) -> Manifest:
+    """The last manifest, with or without a plan; an empty one if there is none of this schema."""
+    try:
+        file = pq.ParquetFile(store.manifest)
+    except FileNotFoundError:
+        return Manifest()
+    except pa.ArrowInvalid as error:
+        logger.warning("%s: cannot be read and is planned anew: %s", store.manifest, error)
+        return Manifest()
+    metadata = file.schema_arrow.metadata or {}
+    if metadata.get(b"fastvideo.schema") != str(state.SCHEMA_VERSION).encode():
+        return Manifest()
+    return Manifest(
+        rows=_to_rows(file.read()),
+        settings=json.loads(metadata[b"fastvideo.settings"]),
+        next_shard=int(metadata[b"fastvideo.next_shard"]),
+        probe_version=int(metadata[b"fastvideo.probe_version"]),
+    )
+
+
+def _to_rows(table: Any) -> list[ClipRow]:
+    rows = (values | {"captions": tuple(values["captions"])} for values in table.to_pylist())
+    return [ClipRow(**values) for values in rows]
+
+
+@functools.lru_cache(maxsize=1)
+def _read_cached(
+    path: Path, size: int, mtime_ns: int
+) -> tuple[list[ClipRow], dict[int, list[ClipRow]]]:
+    """Preprocessing asks for one shard after the other."""
+    rows = _to_rows(pq.read_table(path))
+    by_shard: dict[int, list[ClipRow]] = collections.defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.row or 0):
+        if row.shard is not None:
+            by_shard[row.shard].append(row)
+    return rows, dict(by_shard)
+
+
+def _log_summary(rows: Sequence[ClipRow], plan: Mapping[str, Any]) -> None:
+    states = collections.Counter(row.state for row in rows)
+    reasons = collections.Counter((row.state, row.reason) for row in rows)
+    parts = []
+    for name, count in states.most_common():
+        why = [f"{reason} {n}" for (kind, reason), n in reasons.most_common() if kind == name]
+        parts.append(f"{count} {name}" + (f" ({', '.join(why)})" if name != "accepted" else ""))
+    logger.info("%d items: %s; %d shards", len(rows), ", ".join(parts), len(plan["shards"]))

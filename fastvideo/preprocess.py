@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw videos to shards: plan the manifest, fill the shards that are missing, encode the prompts."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+from fastvideo import state
+from fastvideo.config.prompts import load_prompts
+from fastvideo.config.recipe import Recipe
+from fastvideo.data.decode import DECODE_SETTINGS
+from fastvideo.data.manifest import plan_manifest
+from fastvideo.errors import UserError
+from fastvideo.log import logger
+from fastvideo.models.family import find_family, find_model
+from fastvideo.state import ShardStore
+
+
+def preprocess(
+    recipe: Recipe, *, shards: Sequence[int] | None = None, manifest_only: bool = False
+) -> dict[str, Any]:
+    """Fill what is missing in ``recipe.shards.path``.
+
+    Args:
+        recipe: Model, clip, source and shards matter.
+        shards: Only these, of a manifest that is planned already; None plans and fills all.
+        manifest_only: Plan and stop.
+
+    Returns:
+        ``{"filled": [index, ...], "missing": [...], "clips": {...}}``.
+
+    Raises:
+        UserError: Wrong input, or more clips failed than ``source.max_failed`` allows.
+    """
+    store = ShardStore(recipe.shards.path)
+    settings = encoding_settings(recipe, hashes=state.HashCache(store.hashes))
+    if shards is None:
+        plan = plan_manifest(recipe, store=store, settings=settings)
+    else:
+        plan = _planned(store, settings=settings, shards=shards)
+    wanted = state.shard_indices(plan) if shards is None else list(shards)
+    missing = [i for i in wanted if not _done(store, plan, i)]
+    if manifest_only:
+        return _result(store, plan, filled=[])
+    captions = _captions(recipe) if shards is None else None
+    prompts = state.fingerprint({"settings": settings, "captions": captions})
+    prompts_missing = captions and not state.read_marker(store.validation, fingerprint=prompts)
+    if missing or prompts_missing:
+        # Only now: a run with nothing to do answers without torch.
+        from fastvideo.data import encode
+        from fastvideo.data.shard import Contents
+
+        encoders = encode.load_encoders(recipe)
+        if missing:
+            encode.fill_shards(recipe, store, plan, missing=missing, encoders=encoders)
+        if captions and prompts_missing:
+            contents = Contents(prompts, settings)
+            encode.write_prompts(recipe, store, captions, contents=contents, encoders=encoders)
+    if shards is None:
+        _check_failures(recipe, store, plan)
+    return _result(store, plan, filled=missing)
+
+
+def encoding_settings(recipe: Recipe, *, hashes: state.HashCache) -> dict[str, Any]:
+    """Everything that decides the bytes of a shard apart from its clips; plain values."""
+    path = find_model(recipe.model.path)
+    family = find_family(recipe.model.family)
+    statistics = family.latent_statistics(path)
+    encoders = {
+        part: {str(file.relative_to(path)): hashes.sha256(file) for file in files}
+        for part, files in family.encoder_parts(path).items()
+    }
+    return {
+        "schema": state.SCHEMA_VERSION,
+        "family": recipe.model.family,
+        "clip": recipe.clip.model_dump(mode="json"),
+        "decode": DECODE_SETTINGS,
+        "dtype": recipe.shards.dtype,
+        "vae_dtype": recipe.shards.vae_dtype,
+        "text_dtype": recipe.shards.text_dtype,
+        "latents_mean": list(statistics.mean),
+        "latents_std": list(statistics.std),
+        "encoders": encoders,
+    }
+
+
+def _planned(
+    store: ShardStore, *, settings: dict[str, Any], shards: Sequence[int]
+) -> dict[str, Any]:
+    plan = store.read_plan()
+    if plan is None:
+        raise UserError(f"{store.plan}: there is no manifest; run preprocess --manifest-only first")
+    if plan["settings"] != settings:
+        raise UserError(
+            f"{store.plan}: was planned with other settings than this recipe's; run preprocess "
+            "--manifest-only again"
+        )
+    unknown = [i for i in shards if str(i) not in plan["shards"]]
+    if unknown:
+        raise UserError(
+            f"--shards {','.join(map(str, unknown))}: the manifest has the shards "
+            f"{', '.join(plan['shards'])}"
+        )
+    return plan
+
+
+def _done(store: ShardStore, plan: dict[str, Any], index: int) -> bool:
+    return store.done(index, fingerprint=plan["shards"][str(index)]["fingerprint"])
+
+
+def _captions(recipe: Recipe) -> list[str]:
+    """The empty prompt, which text dropout needs, and the validation prompts."""
+    path = recipe.validation.prompts
+    prompts = load_prompts(path) if path else ()
+    return list(dict.fromkeys(["", *(prompt.caption for prompt in prompts)]))
+
+
+def _result(store: ShardStore, plan: dict[str, Any], *, filled: list[int]) -> dict[str, Any]:
+    counts = collections.Counter(row.state for row in state.ledger(store, plan))
+    missing = [i for i in state.shard_indices(plan) if not _done(store, plan, i)]
+    return {"filled": filled, "missing": missing, "clips": dict(counts)}
+
+
+def _check_failures(recipe: Recipe, store: ShardStore, plan: dict[str, Any]) -> None:
+    rows = list(state.ledger(store, plan))
+    failed = [row for row in rows if row.state == "failed"]
+    for row in failed:
+        logger.warning("clip %r failed: %s: %s", row.id, row.reason, row.detail)
+    if len(failed) > recipe.source.max_failed * len(rows):
+        raise UserError(
+            f"{len(failed)} of {len(rows)} clips failed, more than source.max_failed="
+            f"{recipe.source.max_failed:g}; see `fastvideo status --clips`, repair or remove them, "
+            "or raise the limit"
+        )
+    if not any(row.state == "encoded" for row in rows):
+        reasons = collections.Counter(f"{row.state}: {row.reason}" for row in rows)
+        raise UserError(
+            f"{recipe.source.path}: not one of {len(rows)} clips can be used "
+            f"({', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}); see "
+            "`fastvideo status --clips`"
+        )

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done and what is missing, from the files alone; no torch, no pyarrow."""
+
+import collections
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from fastvideo import state
+from fastvideo.config.recipe import Recipe
+from fastvideo.errors import UserError
+from fastvideo.state import LedgerRow, RunDir, ShardStore
+
+
+def summary(recipe: Recipe) -> dict[str, Any]:
+    """Counts of clips, shards and steps; zeros where nothing is planned or trained yet."""
+    store = ShardStore(recipe.shards.path)
+    plan = store.read_plan()
+    return {
+        "clips": _clips(state.ledger(store, plan) if plan else ()),
+        "shards": _shards(store, plan),
+        "train": _training(recipe),
+    }
+
+
+def clip_lines(recipe: Recipe) -> Iterator[str]:
+    """The ledger, tab-separated, a header first; line breaks in names are escaped."""
+    store = ShardStore(recipe.shards.path)
+    plan = store.read_plan()
+    if plan is None:
+        raise UserError(f"{store.plan}: no manifest yet; run preprocess --manifest-only")
+    names = ("item", "state", "reason", "split", "shard", "id", "detail")
+    yield "\t".join(names)
+    for row in state.ledger(store, plan):
+        values = ("" if (v := getattr(row, name)) is None else str(v) for name in names)
+        yield "\t".join(
+            value.encode("unicode_escape").decode() if _breaks(value) else value for value in values
+        )
+
+
+def _breaks(text: str) -> bool:
+    return any(not c.isprintable() for c in text)
+
+
+def describe(counts: dict[str, Any]) -> str:
+    """The summary for people."""
+    clips, shards = counts["clips"], counts["shards"]
+    lines = [
+        f"clips   {clips['total']} total, {clips['encoded']} encoded, "
+        f"{sum(clips['filtered'].values())} filtered, {sum(clips['failed'].values())} failed, "
+        f"{clips['pending']} pending"
+    ]
+    for kind in ("filtered", "failed"):
+        for reason, count in clips[kind].items():
+            lines.append(f"        {kind}: {reason} {count}")
+    missing = f", missing {_ranges(shards['missing'])}" if shards["missing"] else ""
+    lines.append(f"shards  {shards['done']} of {shards['total']} done{missing}")
+    for name, training in counts["train"].items():
+        kept = ", ".join(map(str, training["checkpoints"])) or "none"
+        lines.append(
+            f"train   {name}: step {training['step']} of {training['steps']}, checkpoints {kept}"
+        )
+    return "\n".join(lines)
+
+
+def _clips(rows: Iterable[LedgerRow]) -> dict[str, Any]:
+    counts: dict[str, Any] = {"total": 0, "encoded": 0, "pending": 0}
+    reasons = {"filtered": collections.Counter[str](), "failed": collections.Counter[str]()}
+    for row in rows:
+        counts["total"] += 1
+        if row.state in reasons:
+            reasons[row.state][row.reason] += 1
+        else:
+            counts[row.state] += 1
+    return {**counts, **{kind: dict(sorted(found.items())) for kind, found in reasons.items()}}
+
+
+def _shards(store: ShardStore, plan: dict[str, Any] | None) -> dict[str, Any]:
+    planned = state.shard_indices(plan) if plan else []
+    missing = [
+        index
+        for index in planned
+        if plan and not store.done(index, fingerprint=plan["shards"][str(index)]["fingerprint"])
+    ]
+    return {"total": len(planned), "done": len(planned) - len(missing), "missing": missing}
+
+
+def _training(recipe: Recipe) -> dict[str, Any]:
+    run_dir = RunDir(recipe.run_dir)
+    folders = sorted(set(recipe.architecture.experts.values()) | {"transformer"})
+    found = {}
+    for folder in folders:
+        steps = run_dir.training(folder).complete_checkpoints()
+        if folder == "transformer" or steps:
+            step = steps[-1] if steps else 0
+            found[folder] = {"step": step, "steps": recipe.train.steps, "checkpoints": steps}
+    return found
+
+
+def _ranges(indices: list[int]) -> str:
+    """``[0, 1, 2, 7]`` as ``0-2,7``, the form that ``--shards`` takes."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and index == parts[-1][-1] + 1:
+            parts[-1][1:] = [index]
+        else:
+            parts.append([index])
+    return ",".join("-".join(map(str, part)) for part in parts)
