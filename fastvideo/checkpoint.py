@@ -85,15 +85,6 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     model.load_state_dict(wanted)
 
 
-def prune(directory: TrainDir, *, keep_last: int) -> None:
-    """Remove the oldest complete checkpoints; the marker goes first, so that half is not whole."""
-    for step in directory.complete_checkpoints()[:-keep_last]:
-        folder = directory.checkpoint(step)
-        state.checkpoint_marker(folder).unlink()
-        state.fault("checkpoint.prune")
-        shutil.rmtree(folder)
-
-
 def _load(folder: Path, wanted: dict[str, Any]) -> None:
     try:
         with _alone() as no_dist:

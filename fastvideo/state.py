@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -386,3 +387,20 @@ def read_checkpoint_marker(folder: Path) -> dict[str, Any] | None:
         return None
     sizes: dict[str, int] = marker["files"]
     return marker if all(_size(folder / n) == size for n, size in sizes.items()) else None
+
+
+def prune_checkpoints(directory: TrainDir, *, keep_last: int) -> None:
+    """Remove the oldest complete checkpoints, and what is left of ones that never got complete.
+
+    The marker goes first, so that half a checkpoint is not taken for a whole one.
+    """
+    complete = directory.complete_checkpoints()
+    for step in complete[:-keep_last]:
+        checkpoint_marker(directory.checkpoint(step)).unlink()
+        fault("checkpoint.prune")
+    kept = complete[-keep_last:]
+    folders = directory.checkpoints.glob("step-????????") if kept else []
+    for folder in folders:
+        step = int(folder.name[5:])
+        if step < kept[-1] and step not in kept:
+            shutil.rmtree(folder)

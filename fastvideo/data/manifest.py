@@ -109,11 +109,12 @@ def plan_manifest(recipe: Recipe, *, store: ShardStore, settings: dict[str, Any]
     previous = _read_previous(store)
     items = read_merged(recipe.source)
     videos = recipe.source.path.absolute() / "videos"
-    files = {str(i.path.relative_to(videos)): i.path for i in items if i.path is not None}
+    paths = {i.index: str(i.path.relative_to(videos)) for i in items if i.path is not None}
+    files = {paths[i.index]: i.path for i in items if i.path is not None}
     workers = recipe.preprocess.decode_workers
     known = previous.examined()
     examined = examine(files, known=known, journal=store.probes, workers=workers)
-    rows = _judge(items, recipe=recipe, videos=videos, examined=examined)
+    rows = _judge(items, recipe=recipe, paths=paths, examined=examined)
     rows, next_shard = _place(rows, previous=previous, rows_per_shard=recipe.shards.rows)
     manifest = Manifest(rows, settings, next_shard)
     plan = _write(manifest, store=store)
@@ -144,13 +145,17 @@ def read_rows(store: ShardStore, shard: int | None = None) -> list[ClipRow]:
 
 
 def _judge(
-    items: Sequence[Item], *, recipe: Recipe, videos: Path, examined: Mapping[str, Examined]
+    items: Sequence[Item],
+    *,
+    recipe: Recipe,
+    paths: Mapping[int, str],
+    examined: Mapping[str, Examined],
 ) -> list[ClipRow]:
     """Rows without places; of files with the same content the first accepted one counts."""
     rows: list[ClipRow] = []
     first_with: dict[str, str] = {}
     for item in items:
-        path = str(item.path.relative_to(videos)) if item.path is not None else ""
+        path = paths.get(item.index, "")
         row = _judge_one(item, path=path, file=examined.get(path), recipe=recipe)
         if row.state == "accepted" and not recipe.source.filters.allow_duplicates:
             twin = first_with.setdefault(row.sha256, row.id)
@@ -199,7 +204,7 @@ def _row(
         bytes=file.bytes if file else 0,
         mtime_ns=file.mtime_ns if file else 0,
         sha256=file.sha256 if file else "",
-        **dataclasses.asdict(info),
+        **vars(info),
     )
 
 

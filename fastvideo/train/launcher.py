@@ -58,6 +58,8 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
     steps = directory.complete_checkpoints()
     if not force:
         _check_recipe(recipe, run_dir, started=bool(steps))
+    # A run may have been killed between a save and this.
+    state.prune_checkpoints(directory, keep_last=recipe.train.checkpoint.keep_last)
     result = {"transformer": transformer, "step": recipe.train.steps}
     if steps and steps[-1] >= recipe.train.steps:
         logger.info("already trained: %s", directory.checkpoint(steps[-1]))

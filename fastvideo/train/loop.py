@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvideo import checkpoint
+from fastvideo import checkpoint, state
 from fastvideo.checkpoint import Saved
 from fastvideo.config.train import Train
 from fastvideo.data.loader import Order, read_ahead
@@ -202,7 +202,7 @@ def _save(job: Job, step: int, window: Window) -> None:
     about = {**job.about, "losses": window.losses}
     saved = Saved(job.model, job.optimizer)
     folder = checkpoint.save(job.directory, saved, step=step, about=about)
-    checkpoint.prune(job.directory, keep_last=job.train.checkpoint.keep_last)
+    state.prune_checkpoints(job.directory, keep_last=job.train.checkpoint.keep_last)
     logger.info("saved %s", folder)
 
 

@@ -20,7 +20,7 @@ RESULTS = ("shard-*", "validation.*", "manifest.*", "clips.jsonl")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> World:
-    return make_world(tmp_path_factory.mktemp("kills"), clips=5, model=tiny_model)
+    return make_world(tmp_path_factory.mktemp("kills"), clips=4, model=tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,8 @@ def test_a_kill_at_any_fault_point_is_repaired_by_a_rerun(
     for step in ("write", "fsync", "rename", "done"):
         assert {f"shard.parquet.{step}", f"shard.marker.{step}", f"plan.{step}"} <= kinds
     for point in points:
+        if point.startswith("hashes.") and not point.endswith(":1"):
+            continue  # the same write for one encoder file after the other
         shutil.rmtree(world.shards, ignore_errors=True)
         assert in_fork(lambda: preprocess(world.load()), fault=point) == KILLED, point
         assert_rerun_repairs(world, expected)

@@ -20,6 +20,7 @@ from tests.tiny_world import World, in_fork, make_world, passes
 
 KILLED = -9
 RANDOM_KILLS = 10
+SHORT = ("train.steps=4", "train.checkpoint.keep_last=1")
 Result = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
@@ -27,7 +28,7 @@ Result = tuple[list[dict[str, Any]], dict[str, Any]]
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> World:
     root = tmp_path_factory.mktemp("training")
     world = make_world(root, clips=5, heldout=1, model=tiny_model)
-    assert in_fork(lambda: preprocess(world.load())) == 0
+    assert in_fork(lambda: preprocess(world.load(*SHORT))) == 0
     return world
 
 
@@ -35,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> World:
 def undisturbed(world: World) -> tuple[Result, list[str], float]:
     log = world.root / "faults.log"
     begin_s = time.perf_counter()
-    assert in_fork(lambda: train(world.load()), fault_log=log) == 0
+    assert in_fork(lambda: train(world.load(*SHORT)), fault_log=log) == 0
     seconds = time.perf_counter() - begin_s
     found = result(world)
     shutil.rmtree(world.run_dir)
@@ -45,14 +46,14 @@ def undisturbed(world: World) -> tuple[Result, list[str], float]:
 def result(world: World) -> Result:
     """Records without their times, and every number of the last checkpoint."""
     directory = RunDir(world.run_dir).training()
-    assert directory.complete_checkpoints() == [4, 6], "keep_last is 2"
+    assert directory.complete_checkpoints() == [4], "keep_last is 1"
     timed = ("samples_per_s", "data_wait_share", "memory_gib")
     records = [
         {name: value for name, value in json.loads(line).items() if name not in timed}
         for line in directory.metrics.read_text().splitlines()
     ]
     file = world.root / "last.pt"
-    dcp_to_torch_save(directory.checkpoint(6), file)
+    dcp_to_torch_save(directory.checkpoint(4), file)
     return records, flat(torch.load(file))
 
 
@@ -68,7 +69,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def assert_equal(found: Result, expected: Result) -> None:
     assert found[0] == expected[0]
-    assert [record["step"] for record in found[0]] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    assert [record["step"] for record in found[0]] == [0, 1, 2, 3, 3, 4, 4]
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
         if isinstance(value, torch.Tensor):
@@ -87,8 +88,8 @@ def test_a_kill_at_any_fault_point_of_a_save_changes_no_bit(
     assert {"checkpoint.marker.rename", "checkpoint.prune"} <= kinds
     for point in points:
         shutil.rmtree(world.run_dir, ignore_errors=True)
-        assert in_fork(lambda: train(world.load()), fault=point) == KILLED, point
-        assert in_fork(lambda: train(world.load())) == 0, point
+        assert in_fork(lambda: train(world.load(*SHORT)), fault=point) == KILLED, point
+        assert in_fork(lambda: train(world.load(*SHORT))) == 0, point
         assert_equal(result(world), expected)
 
 
@@ -101,10 +102,10 @@ def test_kills_at_random_moments_change_no_bit(
     killed = 0
     for attempt in range(RANDOM_KILLS):
         shutil.rmtree(world.run_dir, ignore_errors=True)
-        recipe = world.load(f"train.loader_workers={attempt % 2}")
+        recipe = world.load(*SHORT, f"train.loader_workers={attempt % 2}")
         for _ in range(2):  # killed twice, so that a resumed run is killed too
             code = in_fork(partial(train, recipe), kill_after_s=moments.uniform(0, seconds))
             killed += code == KILLED
-        assert in_fork(lambda: train(world.load())) == 0
+        assert in_fork(lambda: train(world.load(*SHORT))) == 0
         assert_equal(result(world), expected)
     assert killed >= RANDOM_KILLS, "the kills came too late to test anything"
