@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastvideo import __version__, log
 from fastvideo.errors import (
     EXIT_DONE,
+    EXIT_INTERRUPTED,
     EXIT_STOPPED,
     EXIT_UNEXPECTED,
     EXIT_USER_ERROR,
@@ -49,6 +51,12 @@ def run(argv: Sequence[str]) -> int:
     except Stopped as stopped:
         print(f"fastvideo {arguments.verb}: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print(f"fastvideo {arguments.verb}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fastvideo"):
             raise
@@ -91,10 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 def _dispatch(arguments: argparse.Namespace) -> int:
     _refuse_foreign_options(arguments)
     if arguments.verb == "run":
-        from fastvideo import pipeline
-
-        _load(arguments)  # a mistake is said once, before the first verb
-        return pipeline.run(arguments.recipe, arguments.overrides, force=arguments.force)
+        return _run(arguments)
     recipe = _load(arguments)
     actions: dict[str, Callable[[Recipe, argparse.Namespace], Any]] = {
         "preprocess": _preprocess,
@@ -127,6 +132,18 @@ def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) and arguments.verb not in verbs:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} belongs to {' and '.join(verbs)}; leave it out")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from fastvideo import pipeline, status
+    from fastvideo.generate import requests
+
+    recipe = _load(arguments)
+    requests(recipe)  # wrong prompts must not come up after days of training
+    code = pipeline.run(arguments.recipe, arguments.overrides, force=arguments.force)
+    if arguments.json:
+        print(json.dumps(status.summary(recipe)))
+    return code
 
 
 def _preprocess(recipe: "Recipe", arguments: argparse.Namespace) -> Any:

@@ -31,18 +31,15 @@ def generate(recipe: Recipe) -> dict[str, Any]:
         UserError: No prompts, a size the model cannot make, or nothing exported yet.
     """
     run_dir = RunDir(recipe.run_dir)
-    if recipe.generate.prompts is None:
-        raise UserError("generate.prompts: is missing; name a JSON file with prompts")
-    prompts = load_prompts(recipe.generate.prompts)
-    wanted = [_settings(recipe, prompt, index) for index, prompt in enumerate(prompts)]
+    wanted = requests(recipe)
     model = _model(recipe, run_dir)
     folder = run_dir.generated(recipe.generate.weights)
     pipeline = cache(lambda: _load(recipe, model["path"]))
     videos = [folder / f"{index:04d}.mp4" for index in range(len(wanted))]
     todo = [
         (video, about)
-        for video, settings in zip(videos, wanted, strict=True)
-        if not _made(video, about := {"model": model, **settings})
+        for video, request in zip(videos, wanted, strict=True)
+        if not _made(video, about := {"model": model, **request})
     ]
     progress = Progress("videos", total=len(todo))
     for video, about in todo:
@@ -53,6 +50,18 @@ def generate(recipe: Recipe) -> dict[str, Any]:
     progress.close()
     logger.info("%d videos in %s, %d made now", len(videos), folder, len(todo))
     return {"videos": [str(video) for video in videos], "made": len(todo)}
+
+
+def requests(recipe: Recipe) -> list[dict[str, Any]]:
+    """Everything that decides each video beside the model; needs no torch.
+
+    Raises:
+        UserError: No prompts, or one that this model cannot make.
+    """
+    if recipe.generate.prompts is None:
+        raise UserError("generate.prompts: is missing; name a JSON file with prompts")
+    prompts = load_prompts(recipe.generate.prompts)
+    return [_request(recipe, prompt, index) for index, prompt in enumerate(prompts)]
 
 
 def write_video(path: Path, frames_FHWC: "npt.NDArray[np.uint8]", *, fps: float) -> None:
@@ -81,8 +90,7 @@ def write_video(path: Path, frames_FHWC: "npt.NDArray[np.uint8]", *, fps: float)
         container.mux(stream.encode())
 
 
-def _settings(recipe: Recipe, prompt: Prompt, index: int) -> dict[str, Any]:
-    """Everything that decides a video beside the model."""
+def _request(recipe: Recipe, prompt: Prompt, index: int) -> dict[str, Any]:
     spec, clip = recipe.generate, recipe.clip
     if prompt.image_path or prompt.video_path:
         raise UserError(

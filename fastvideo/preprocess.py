@@ -33,6 +33,7 @@ def preprocess(
         UserError: Wrong input, or more clips failed than ``source.max_failed`` allows.
     """
     store = ShardStore(recipe.shards.path)
+    captions = _captions(recipe) if shards is None else None
     settings = encoding_settings(recipe, hashes=state.HashCache(store.hashes))
     if shards is None:
         plan = plan_manifest(recipe, store=store, settings=settings)
@@ -42,7 +43,6 @@ def preprocess(
     missing = [i for i in wanted if not _done(store, plan, i)]
     if manifest_only:
         return _result(store, plan, filled=[])
-    captions = _captions(recipe) if shards is None else None
     prompts = state.fingerprint({"settings": settings, "captions": captions})
     prompts_missing = captions and not state.read_marker(store.validation, fingerprint=prompts)
     if missing or prompts_missing:

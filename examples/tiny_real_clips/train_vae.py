@@ -31,8 +31,9 @@ NUM_FRAMES, FPS, SIDE = 9, 8.0, 64
 SHORT_SIDE = 128  # sources are kept at this size: twice SIDE leaves room for random crops
 MARGIN_S = 0.25  # kept free on both sides of every held-out window
 SYNTHETIC_SHARE = 0.15
-CROP_SIDE, CROP_SHARE = 32, 0.6  # the first steps see quarters of clips: three times as fast
-BATCH_SIZE, PEAK_LR, WARMUP_SHARE, EMA_DECAY, KL_WEIGHT = 2, 5e-3, 0.05, 0.998, 1e-4
+CROP_SIDE, CROP_SHARE = 32, 0.85  # the first steps see quarters of clips: three times as fast
+BATCH_SIZE, WARMUP_SHARE, EMA_DECAY, KL_WEIGHT = 2, 0.05, 0.995, 1e-4
+PEAK_LR_MUON, PEAK_LR_ADAM = 0.02, 5e-3
 
 
 class Footage(NamedTuple):
@@ -48,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data/tiny_real_clips"))
     parser.add_argument("--out", type=Path, default=Path("fastvideo/models/tiny_vae"))
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # one thread adds in one order: the weights depend on the seed only
@@ -85,12 +86,16 @@ def train(
     steps: int,
     rng: np.random.Generator,
 ) -> AutoencoderKLWan:
-    """Fit the VAE with AdamW, linear warm-up and cosine decay; returns the averaged weights."""
+    """Fit the VAE with Muon and AdamW, warm-up and cosine decay; returns the averaged weights."""
     average = copy.deepcopy(vae)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-4
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_shape(steps))
+    kernels = [p for p in vae.parameters() if p.ndim >= 4 and p.shape[0] > 1 and p.shape[1] > 1]
+    others = [p for p in vae.parameters() if not any(p is kernel for kernel in kernels)]
+    optimizers: list[torch.optim.Optimizer] = [
+        ConvolutionMuon(kernels, lr=PEAK_LR_MUON),
+        torch.optim.AdamW(others, lr=PEAK_LR_ADAM, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
+    shape = learning_rate_shape(steps)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, shape) for each in optimizers]
     forward = whole_clip_forward(vae)
     started = time.monotonic()
     for step in range(1, steps + 1):
@@ -98,11 +103,11 @@ def train(
         clips = [random_crop(random_clip(footage, rng), side, rng) for _ in range(BATCH_SIZE)]
         clips_BCTHW = torch.stack(clips)
         loss = vae_loss(forward, clips_BCTHW)
-        optimizer.zero_grad()
+        vae.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for stepped in (*optimizers, *schedules):
+            stepped.step()
         decay = min(EMA_DECAY, step / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(vae.parameters()), 1 - decay)
@@ -111,6 +116,40 @@ def train(
             decibels = mean_psnr(average, heldout)
             print(f"step {step} {elapsed_s:.0f} s loss {loss:.4f} {decibels:.2f} dB", flush=True)
     return average
+
+
+class ConvolutionMuon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): Nesterov momentum whose update of each kernel is orthogonalised.
+
+    Kernels count as matrices of output channels by the rest. On this narrow, deep network it
+    needs a fraction of AdamW's steps.
+    """
+
+    def __init__(self, kernels: list[Tensor], *, lr: float, momentum: float = 0.95) -> None:
+        super().__init__(kernels, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every kernel from its gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for kernel in group["params"]:
+                average = self.state[kernel].setdefault("average", torch.zeros_like(kernel))
+                average.lerp_(kernel.grad, 1 - group["momentum"])
+                ahead = kernel.grad.lerp(average, group["momentum"])
+                update = orthogonal(ahead.flatten(1))
+                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                kernel.add_(update.view_as(kernel), alpha=-group["lr"] * scale)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Push all singular values towards 1, by five of Muon's quintic Newton-Schulz steps."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-12)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
 def learning_rate_shape(steps: int) -> Callable[[int], float]:

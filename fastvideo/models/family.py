@@ -127,7 +127,7 @@ def _from_hub(repository: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"model.path={repository}: neither a folder here nor in the Hugging Face cache, and "
-            f"the Hub did not give it ({error}); fetch it where there is a network with "
+            f"the Hub did not give it ({str(error).splitlines()[0]}); fetch it where there is a network with "
             f"`hf download {repository}`, or write the path of a folder"
         ) from None
 

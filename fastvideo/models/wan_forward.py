@@ -67,8 +67,15 @@ def entry(
     """Patchify and embed: tokens (B, S, D), what blocks are conditioned on, time (B, D)."""
     rotary = model.rope(latents_BCTYX)
     tokens_BSD = model.patch_embedding(latents_BCTYX).flatten(2).transpose(1, 2).contiguous()
-    time_BD, modulation, text_BLD, _ = model.condition_embedder(timestep_B, text_BLD, None)
-    return tokens_BSD, Conditioning(text_BLD, modulation.unflatten(1, (6, -1)), rotary), time_BD
+    embed = model.condition_embedder
+    # Pipelines keep the time embedding in float32; bfloat16 cannot tell step 987 from 988.
+    with torch.autocast(timestep_B.device.type, enabled=False):
+        time_dtype = embed.time_embedder.linear_1.weight.dtype
+        time_BD = embed.time_embedder(embed.timesteps_proj(timestep_B).to(time_dtype))
+    time_BD = time_BD.to(text_BLD.dtype)
+    modulation_BMD = embed.time_proj(embed.act_fn(time_BD)).unflatten(1, (6, -1))
+    condition = Conditioning(embed.text_embedder(text_BLD), modulation_BMD, rotary)
+    return tokens_BSD, condition, time_BD
 
 
 def block(layer: WanTransformerBlock, tokens_BSD: Tensor, condition: Conditioning) -> Tensor:

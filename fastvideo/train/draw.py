@@ -20,7 +20,7 @@ from fastvideo.models.flow import sigma_at
 
 @dataclass(frozen=True)
 class Drawn:
-    """A sample ready to train on; latent and noise (C, T, Y, X) float32, text (L, D)."""
+    """A sample ready to train on; latent and noise (C, T, Y, X) float32, text (L, D) float32."""
 
     latent: Tensor
     noise: Tensor
@@ -72,7 +72,9 @@ class Draw:
     def _drawn(self, sample: Sample, text: Tensor, u: Tensor, generator: torch.Generator) -> Drawn:
         latent = self.statistics.normalise(sample.vae_latent.float())
         noise = torch.randn(latent.shape, generator=generator)
-        return Drawn(latent, noise, sigma_at(u, self.timesteps, shift=self.shift), text)
+        sigma = sigma_at(u, self.timesteps, shift=self.shift)
+        # stored in the encoder's dtype; the model decides in which it computes
+        return Drawn(latent, noise, sigma, text.float())
 
 
 def collate(drawn: Sequence[Drawn], *, device: str) -> Batch:
