@@ -125,9 +125,10 @@ def _from_hub(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
             f"model.path={repository}: neither a folder here nor in the Hugging Face cache, and "
-            f"the Hub did not give it ({str(error).splitlines()[0]}); fetch it where there is a network with "
+            f"the Hub did not give it ({reason}); fetch it where there is a network with "
             f"`hf download {repository}`, or write the path of a folder"
         ) from None
 
