@@ -4,7 +4,7 @@
 import contextlib
 import os
 import shutil
-import socket
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from fastvideo import state
+from fastvideo import atomic, state
 from fastvideo.errors import UserError
 from fastvideo.state import TrainDir
 
@@ -39,8 +39,9 @@ def save(directory: TrainDir, saved: Saved, *, step: int, about: Mapping[str, An
     moment leaves the checkpoint complete or not counted.
     """
     folder = directory.checkpoint(step)
-    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    temporary = atomic.temporary_name(folder)
     directory.checkpoints.mkdir(parents=True, exist_ok=True)
+    # The run's lock is ours: what lies here without a marker is left of a kill.
     for leftover in (*directory.checkpoints.glob(".step-*.tmp"), folder):
         shutil.rmtree(leftover, ignore_errors=True)
     model_state, optimizer_state = get_state_dict(saved.model, saved.optimizer)
@@ -50,23 +51,32 @@ def save(directory: TrainDir, saved: Saved, *, step: int, about: Mapping[str, An
             storage_writer=FileSystemWriter(temporary, sync_files=False),
             no_dist=no_dist,
         )
-    state.fault("checkpoint.write")
+    atomic.fault("checkpoint.write")
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     for path in files:
-        state.sync(path)
-        state.fault("checkpoint.fsync")
-    state.sync(temporary)
+        atomic.sync(path)
+        atomic.fault("checkpoint.fsync")
+    atomic.sync(temporary)
     os.replace(temporary, folder)
-    state.fault("checkpoint.rename")
-    state.sync(directory.checkpoints)
+    atomic.fault("checkpoint.rename")
+    atomic.sync(directory.checkpoints)
     sizes = {str(path.relative_to(temporary)): _size(folder, path, temporary) for path in files}
-    marker = {**about, "step": step, "files": sizes}
-    state.write_json(state.checkpoint_marker(folder), marker, point="checkpoint.marker")
+    marker = {**about, "id": uuid.uuid4().hex, "step": step, "files": sizes}
+    atomic.write_json(state.checkpoint_marker(folder), marker, point="checkpoint.marker")
     return folder
 
 
+def amend(folder: Path, **about: Any) -> None:
+    """Change what the marker of a complete checkpoint says."""
+    marker = state.read_checkpoint_marker(folder)
+    assert marker is not None
+    path = state.checkpoint_marker(folder)
+    atomic.write_json(path, {**marker, **about}, point="checkpoint.marker")
+
+
 def load(folder: Path, saved: Saved) -> None:
-    """Read a complete checkpoint into ``saved``, bit for bit."""
+    """Read a complete checkpoint into ``saved``, bit for bit; hyper-parameters stay as they are."""
+    settings = [_settings(group) for group in saved.optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(saved.model, saved.optimizer)
     wanted: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     _load(folder, wanted)
@@ -76,6 +86,8 @@ def load(folder: Path, saved: Saved) -> None:
         model_state_dict=wanted["model"],
         optim_state_dict=wanted["optimizer"],
     )
+    for group, values in zip(saved.optimizer.param_groups, settings, strict=True):
+        group.update(values)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -94,6 +106,10 @@ def _load(folder: Path, wanted: dict[str, Any]) -> None:
             f"{folder}: does not fit the model of this recipe or is damaged ({error}); choose the "
             "recipe it was trained with, or remove the folder to go on from the one before"
         ) from error
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fastvideo import __version__, log
@@ -34,6 +36,8 @@ VERBS = {
     "tiny": "write a tiny random model of the recipe's architecture to model.path",
 }
 
+MAX_SHARD = 999_999
+
 EPILOG = """exit codes: 0 done, 1 unexpected error, 2 mistake in the input, 75 stopped on request \
 with the state saved (run the same command again). Options of a recipe: docs/config.md"""
 
@@ -44,6 +48,7 @@ def run(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv) if argv else parser.parse_args(["--help"])
     log.setup()
     try:
+        _listen(arguments.verb)
         return _dispatch(arguments)
     except UserError as error:
         print(f"fastvideo {arguments.verb}: {error}", file=sys.stderr)
@@ -51,6 +56,13 @@ def run(argv: Sequence[str]) -> int:
     except Stopped as stopped:
         print(f"fastvideo {arguments.verb}: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
+    except (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError) as error:
+        print(
+            f"fastvideo {arguments.verb}: {error.filename}: {error.strerror}; check the paths of "
+            "the recipe",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"fastvideo {arguments.verb}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -66,6 +78,22 @@ def run(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return EXIT_UNEXPECTED
+
+
+def _listen(verb: str) -> None:
+    """End on TERM, USR2 and Ctrl-C with the code for a stop: what is complete on disk stays.
+
+    Training and ``run`` listen in their own way.
+    """
+    if verb in ("train", "run", "status"):
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise Stopped(f"stopped by {name}; what is complete stays, the same command continues")
+
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, stop)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
         "--manifest-only", action="store_true", help="preprocess: plan the shards, encode nothing"
     )
     parser.add_argument("--shards", metavar="0-3,7", help="preprocess: fill only these shards")
-    parser.add_argument("--clips", action="store_true", help="status: a line per input clip")
+    parser.add_argument(
+        "--clips", action="store_true", help="status: a line per clip; JSON lines with --json"
+    )
     parser.add_argument(
         "--force", action="store_true", help="train, run: go on although recipe or data changed"
     )
@@ -110,7 +140,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         "tiny": _tiny,
     }
     result = actions[arguments.verb](recipe, arguments)
-    if arguments.json:
+    if arguments.json and result is not None:
         print(json.dumps(result))
     return EXIT_DONE
 
@@ -129,7 +159,7 @@ def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
         "force": ("train", "run"),
     }
     for name, verbs in owners.items():
-        if getattr(arguments, name) and arguments.verb not in verbs:
+        if getattr(arguments, name) not in (None, False) and arguments.verb not in verbs:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} belongs to {' and '.join(verbs)}; leave it out")
 
@@ -140,7 +170,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     recipe = _load(arguments)
     requests(recipe)  # wrong prompts must not come up after days of training
-    code = pipeline.run(arguments.recipe, arguments.overrides, force=arguments.force)
+    code = pipeline.run(recipe, force=arguments.force)
     if arguments.json:
         print(json.dumps(status.summary(recipe)))
     return code
@@ -149,7 +179,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _preprocess(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
     from fastvideo.preprocess import preprocess
 
-    shards = parse_shards(arguments.shards) if arguments.shards else None
+    shards = parse_shards(arguments.shards) if arguments.shards is not None else None
     if shards is not None and arguments.manifest_only:
         raise UserError("--manifest-only plans all shards; leave out --shards")
     return preprocess(recipe, shards=shards, manifest_only=arguments.manifest_only)
@@ -177,10 +207,11 @@ def _status(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
     from fastvideo import status
 
     if arguments.clips:
-        for line in status.clip_lines(recipe):
+        for line in status.clip_lines(recipe, as_json=arguments.json):
             print(line)
+        return None
     counts = status.summary(recipe)
-    if not arguments.json and not arguments.clips:
+    if not arguments.json:
         print(status.describe(counts))
     return counts
 
@@ -192,6 +223,11 @@ def _tiny(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
     elif folder.exists():
         raise UserError(
             f"model.path={folder}: exists and is not a model; remove it or name another"
+        )
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.model.path) and "tiny" not in recipe.model.path:
+        raise UserError(
+            f"model.path={folder}: reads like the id of a model on the Hub, which a toy must not "
+            "stand in for; use a recipe whose model.path says tiny, or ./ before the path"
         )
     else:
         from fastvideo.models.tiny import write_tiny
@@ -209,7 +245,7 @@ def parse_shards(text: str) -> list[int]:
         if not match:
             raise UserError(f"--shards {text}: {part!r} is not a number or a range like 0-3")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise UserError(f"--shards {text}: {part!r} runs backwards")
+        if not first <= last <= MAX_SHARD:
+            raise UserError(f"--shards {text}: {part!r} runs backwards or past {MAX_SHARD}")
         indices.extend(range(first, last + 1))
     return sorted(set(indices))

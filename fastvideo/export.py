@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fastvideo import state
+from fastvideo import atomic, hashing, state
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.log import logger
+from fastvideo.models.family import find_model
 from fastvideo.state import RunDir, checkpoint_marker
 from fastvideo.train.launcher import transformer_folder
+
+WEIGHTS = (".safetensors", ".bin")
 
 
 def export(recipe: Recipe) -> dict[str, Any]:
@@ -38,26 +41,27 @@ def export(recipe: Recipe) -> dict[str, Any]:
         "schema": state.SCHEMA_VERSION,
         "step": steps[-1],
         "transformer": transformer,
-        "checkpoint": state.file_sha256(checkpoint_marker(checkpoint)),
-        "base": recipe.model.path,
+        "checkpoint": hashing.file_sha256(checkpoint_marker(checkpoint)),
+        "base": hashing.folder_stamp(find_model(recipe.model.path), without=(transformer,)),
         "settings": recipe.export.model_dump(mode="json"),
     }
     result = {"path": str(run_dir.export), "step": steps[-1]}
-    if state.read_json(run_dir.export_marker) == made_from:
+    if atomic.read_json(run_dir.export_marker) == made_from:
         logger.info("already exported: %s", run_dir.export)
         return {**result, "ran": False}
     _write(recipe, run_dir.export, checkpoint=checkpoint, transformer=transformer)
-    state.write_json(run_dir.export_marker, made_from, point="export.marker")
+    atomic.write_json(run_dir.export_marker, made_from, point="export.marker")
     logger.info("exported step %d to %s", steps[-1], run_dir.export)
     return {**result, "ran": True}
 
 
 def _write(recipe: Recipe, folder: Path, *, checkpoint: Path, transformer: str) -> None:
     from fastvideo.checkpoint import load_weights
-    from fastvideo.models.family import find_family, find_model
+    from fastvideo.models.family import find_family
 
     base = find_model(recipe.model.path)
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = atomic.temporary_name(folder)
+    atomic.sweep(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     _copy(base, temporary, without=transformer, link=recipe.export.components == "link")
     model: Any = find_family(recipe.model.family).load_transformer(base, folder=transformer)
@@ -67,18 +71,18 @@ def _write(recipe: Recipe, folder: Path, *, checkpoint: Path, transformer: str) 
     )
     _keep_config(base / transformer, temporary / transformer)
     for path in temporary.rglob("*"):
-        state.sync(path)
+        atomic.sync(path)
     # A complete export stays until the new one is: its marker goes first, then the folders swap.
     (folder / "fastvideo.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    state.sync(folder.parent)
+    atomic.sync(folder.parent)
 
 
 def _keep_config(base: Path, exported: Path) -> None:
     """Keep the base model's own config.json, without the local path diffusers adds."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    state.write_json(exported / "config.json", config, point="export.config")
+    atomic.write_json(exported / "config.json", config, point="export.config")
 
 
 def _copy(base: Path, target: Path, *, without: str, link: bool) -> None:
@@ -88,7 +92,8 @@ def _copy(base: Path, target: Path, *, without: str, link: bool) -> None:
             continue
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _bring(source.resolve(), destination, link=link)
+        # Only weights: nobody edits them in place, while a linked config would be the base's own.
+        _bring(source.resolve(), destination, link=link and source.suffix in WEIGHTS)
 
 
 def _hidden(relative: Path) -> bool:

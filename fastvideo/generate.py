@@ -6,11 +6,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvideo import state
+from fastvideo import atomic, hashing
 from fastvideo.config.prompts import Prompt, load_prompts
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.log import Progress, logger
+from fastvideo.models.family import find_model
 from fastvideo.state import RunDir
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def generate(recipe: Recipe) -> dict[str, Any]:
     for video, about in todo:
         frames = _sample(pipeline(), about)
         write_video(video, frames, fps=about["fps"])
-        state.write_json(video.with_suffix(".json"), about, point="generate.marker")
+        atomic.write_json(video.with_suffix(".json"), about, point="generate.marker")
         progress.advance(video.name)
     progress.close()
     logger.info("%d videos in %s, %d made now", len(videos), folder, len(todo))
@@ -78,7 +79,9 @@ def write_video(path: Path, frames_FHWC: "npt.NDArray[np.uint8]", *, fps: float)
 
     num_frames, height, width, _ = frames_FHWC.shape
     with (
-        state.replacing(path, point="generate.video") as temporary,
+        atomic.replacing(
+            path, point="generate.video", marker=path.with_suffix(".json")
+        ) as temporary,
         av.open(str(temporary), "w", format="mp4") as container,
     ):
         rate = Fraction(fps).limit_denominator(1001)
@@ -119,19 +122,22 @@ def _request(recipe: Recipe, prompt: Prompt, index: int) -> dict[str, Any]:
 
 def _model(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
     if recipe.generate.weights == "base":
-        return {"path": recipe.model.path}
-    made_from = state.read_json(run_dir.export_marker)
+        return {
+            "path": recipe.model.path,
+            "files": hashing.folder_stamp(find_model(recipe.model.path)),
+        }
+    made_from = atomic.read_json(run_dir.export_marker)
     if made_from is None:
         raise UserError(f"{run_dir.export}: holds no complete export; run export first")
     return {"path": str(run_dir.export), "made_from": made_from}
 
 
 def _made(video: Path, about: dict[str, Any]) -> bool:
-    return video.is_file() and state.read_json(video.with_suffix(".json")) == about
+    return video.is_file() and atomic.read_json(video.with_suffix(".json")) == about
 
 
 def _load(recipe: Recipe, path: str) -> "DiffusionPipeline":
-    from fastvideo.models.family import find_family, find_model, pick_device
+    from fastvideo.models.family import find_family, pick_device
 
     return find_family(recipe.model.family).load_pipeline(
         find_model(path), dtype=recipe.generate.dtype, device=pick_device(recipe.generate.device)

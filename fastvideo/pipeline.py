@@ -5,46 +5,65 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
+from typing import Self
 
-from fastvideo.errors import EXIT_DONE
+from fastvideo import atomic
+from fastvideo.config.recipe import Recipe
+from fastvideo.errors import EXIT_DONE, EXIT_STOPPED
 from fastvideo.log import logger
+from fastvideo.state import RunDir
 
 VERBS = ("preprocess", "train", "export", "generate")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
-def run(recipe: Path, overrides: Sequence[str], *, force: bool = False) -> int:
+def run(recipe: Recipe, *, force: bool = False) -> int:
     """Run the verbs until one does not end with 0; what is complete is skipped by the verbs.
 
+    They share a copy of the resolved recipe, so that editing the file changes no run under way.
+
     Returns:
-        Exit code of the last verb that ran.
+        Exit code of the last verb that ran; 75 if a stop was asked for.
     """
-    for verb in VERBS:
-        logger.info("run: %s", verb)
-        flags = ["--force"] if force and verb == "train" else []
-        command = [sys.executable, "-m", "fastvideo", verb, str(recipe), *overrides, *flags]
-        code = _run(command)
-        if code != EXIT_DONE:
-            logger.info("run: %s ended with exit code %d; the same command continues", verb, code)
-            return code
+    resolved = RunDir(recipe.run_dir).resolved
+    atomic.write_bytes(resolved, recipe.dump().encode(), point="run")
+    with _Stops() as stops:
+        for verb in VERBS:
+            logger.info("run: %s", verb)
+            flags = ["--force"] if force and verb == "train" else []
+            code = stops.run([sys.executable, "-m", "fastvideo", verb, str(resolved), *flags])
+            if stops.received is not None:
+                code = EXIT_STOPPED
+            if code != EXIT_DONE:
+                logger.info("run: %s: exit code %d; the same command continues", verb, code)
+                return code
     return EXIT_DONE
 
 
-def _run(command: Sequence[str]) -> int:
-    """Run a child, results on our stderr's side of stdout, and pass requests to stop on to it."""
-    child = subprocess.Popen(command, stdout=sys.stderr)
+class _Stops:
+    """Passes requests to stop on to the child of the moment, and remembers that there was one."""
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._child: subprocess.Popen[bytes] | None = None
 
-    # Ctrl-C reaches the child by itself, as part of the terminal's group.
-    previous = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGUSR2)}
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        code = child.wait()
-    finally:
-        for number, handler in previous.items():
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.signal(signal.SIGINT, interrupt)
-    return code if code >= 0 else 128 - code
+
+    def run(self, command: Sequence[str]) -> int:
+        """Run a child, its output on our stderr: stdout is for results."""
+        self._child = subprocess.Popen(command, stdout=sys.stderr)
+        code = self._child.wait()
+        return code if code >= 0 else 128 - code
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        # Ctrl-C reaches the child by itself, as part of the terminal's group.
+        if number != signal.SIGINT and self._child is not None and self._child.poll() is None:
+            self._child.send_signal(number)

@@ -5,7 +5,7 @@ import collections
 from collections.abc import Sequence
 from typing import Any
 
-from fastvideo import state
+from fastvideo import hashing, state
 from fastvideo.config.prompts import load_prompts
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.decode import DECODE_SETTINGS
@@ -34,16 +34,16 @@ def preprocess(
     """
     store = ShardStore(recipe.shards.path)
     captions = _captions(recipe) if shards is None else None
-    settings = encoding_settings(recipe, hashes=state.HashCache(store.hashes))
+    settings = encoding_settings(recipe, hashes=hashing.HashCache(store.hashes))
     if shards is None:
         plan = plan_manifest(recipe, store=store, settings=settings)
     else:
         plan = _planned(store, settings=settings, shards=shards)
-    wanted = state.shard_indices(plan) if shards is None else list(shards)
-    missing = [i for i in wanted if not _done(store, plan, i)]
+    wanted = state.shard_indices(plan) if shards is None else sorted(set(shards))
+    missing = [i for i in state.missing_shards(store, plan) if i in wanted]
     if manifest_only:
         return _result(store, plan, filled=[])
-    prompts = state.fingerprint({"settings": settings, "captions": captions})
+    prompts = hashing.fingerprint({"settings": settings, "captions": captions})
     prompts_missing = captions and not state.read_marker(store.validation, fingerprint=prompts)
     if missing or prompts_missing:
         # Only now: a run with nothing to do answers without torch.
@@ -61,10 +61,11 @@ def preprocess(
     return _result(store, plan, filled=missing)
 
 
-def encoding_settings(recipe: Recipe, *, hashes: state.HashCache) -> dict[str, Any]:
+def encoding_settings(recipe: Recipe, *, hashes: hashing.HashCache) -> dict[str, Any]:
     """Everything that decides the bytes of a shard apart from its clips; plain values."""
     path = find_model(recipe.model.path)
     family = find_family(recipe.model.family)
+    family.check(path)
     statistics = family.latent_statistics(path)
     encoders = {
         part: {str(file.relative_to(path)): hashes.sha256(file) for file in files}
@@ -98,14 +99,10 @@ def _planned(
     unknown = [i for i in shards if str(i) not in plan["shards"]]
     if unknown:
         raise UserError(
-            f"--shards {','.join(map(str, unknown))}: the manifest has the shards "
-            f"{', '.join(plan['shards'])}"
+            f"--shards {state.shorten(unknown)}: the manifest has the shards "
+            f"{state.shorten(state.shard_indices(plan))}"
         )
     return plan
-
-
-def _done(store: ShardStore, plan: dict[str, Any], index: int) -> bool:
-    return store.done(index, fingerprint=plan["shards"][str(index)]["fingerprint"])
 
 
 def _captions(recipe: Recipe) -> list[str]:
@@ -117,7 +114,7 @@ def _captions(recipe: Recipe) -> list[str]:
 
 def _result(store: ShardStore, plan: dict[str, Any], *, filled: list[int]) -> dict[str, Any]:
     counts = collections.Counter(row.state for row in state.ledger(store, plan))
-    missing = [i for i in state.shard_indices(plan) if not _done(store, plan, i)]
+    missing = state.missing_shards(store, plan)
     return {"filled": filled, "missing": missing, "clips": dict(counts)}
 
 

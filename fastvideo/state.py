@@ -1,172 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is on disk and whether it is complete: names, markers, atomic writes; stdlib only."""
+"""What is on disk and whether it is complete: names, markers, the ledger; stdlib only."""
 
-import contextlib
-import hashlib
 import json
-import os
+import re
 import shutil
-import signal
-import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fastvideo.atomic import fault, read_json
+from fastvideo.errors import UserError
+from fastvideo.hashing import fingerprint
+
 SCHEMA_VERSION = 1
-
-# ---------------------------------------------------------------- writes that survive a kill
-
-
-def fault(point: str) -> None:
-    """Die here if a crash test asks for it: ``FASTVIDEO_FAULT=point`` or ``point:2`` (2nd pass).
-
-    ``FASTVIDEO_FAULT_LOG`` names a file that lists the points passed.
-    """
-    log = os.environ.get("FASTVIDEO_FAULT_LOG")
-    if log:
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(point + "\n")
-    wanted, _, count = os.environ.get("FASTVIDEO_FAULT", "").partition(":")
-    if wanted == point:
-        remaining = int(count or 1) - 1
-        os.environ["FASTVIDEO_FAULT"] = f"{point}:{remaining}"
-        if remaining == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def replacing(path: Path, *, point: str) -> Iterator[Path]:
-    """Yield a temporary name to write; then fsync, rename to ``path`` and fsync the folder.
-
-    A kill at any moment leaves the old file or the new one, never a part. ``point`` names the
-    fault points.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path)
-    temporary = path.with_name(f".{path.name}.{_owner()}.tmp")
-    try:
-        yield temporary
-        fault(f"{point}.write")
-        sync(temporary)
-        fault(f"{point}.fsync")
-        os.replace(temporary, path)
-        fault(f"{point}.rename")
-        sync(path.parent)
-        fault(f"{point}.done")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_bytes(path: Path, data: bytes, *, point: str) -> None:
-    """Replace the content of ``path`` at once."""
-    with replacing(path, point=point) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_json(path: Path, value: Any, *, point: str) -> None:
-    """Replace ``path`` by ``value`` as JSON."""
-    text = json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-    write_bytes(path, text.encode(), point=point)
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON; None if the file is missing or not JSON, which is what an old kill leaves."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sweep(path: Path) -> None:
-    """Remove temporary files that dead processes left beside ``path``."""
-    for leftover in path.parent.glob(f".{_escape(path.name)}.*.tmp"):
-        host, _, pid = leftover.name[len(path.name) + 2 : -len(".tmp")].rpartition("-")
-        try:
-            if host == socket.gethostname() and pid.isdigit():
-                dead = not _alive(int(pid))
-            else:
-                dead = time.time() - leftover.stat().st_mtime > 24 * 3600
-            if dead:
-                leftover.unlink()
-        except FileNotFoundError:
-            continue
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _owner() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
-
-
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # our own earlier attempt
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-# ---------------------------------------------------------------- fingerprints
-
-
-def canonical(value: Any) -> str:
-    """Plain values as JSON that does not depend on the order of keys."""
-    return json.dumps(value, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
-
-
-def fingerprint(value: Any) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
-
-
-def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed that is a function of its parts and nothing else."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class HashCache:
-    """SHA-256 of large files, read again only when size or time of change differ."""
-
-    def __init__(self, path: Path) -> None:
-        """Keep the known hashes in the JSON file ``path``."""
-        self._path = path
-        known = read_json(path)
-        self._known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
-
-    def sha256(self, path: Path) -> str:
-        """Hash of the content of ``path``."""
-        status = path.stat()
-        key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns]
-        entry = self._known.get(key)
-        if not entry or entry[:2] != stamp:
-            self._known[key] = entry = [*stamp, file_sha256(path)]
-            write_json(self._path, self._known, point="hashes")
-        return str(entry[2])
-
 
 # ---------------------------------------------------------------- shards
 
@@ -272,20 +119,14 @@ class LedgerRow:
 
 def ledger(store: ShardStore, plan: dict[str, Any]) -> Iterator[LedgerRow]:
     """Yield a row per input item, in the order of the source."""
-    failed = {index: shard_failures(store, plan, index) for index in shard_indices(plan)}
+    outcomes = {index: _outcomes(store, plan, index) for index in shard_indices(plan)}
     with open(store.clips, encoding="utf-8") as lines:
         for line in lines:
             clip = json.loads(line)
             state, reason, detail = clip["state"], clip["reason"], clip["detail"]
             if state == "accepted":
-                failures = failed[clip["shard"]]
-                if failures is None:
-                    state = "pending"
-                elif clip["id"] in failures:
-                    state = "failed"
-                    reason, detail = failures[clip["id"]]
-                else:
-                    state = "encoded"
+                outcome = outcomes[clip["shard"]].get(clip["id"], _PENDING)
+                state, reason, detail = outcome
             yield LedgerRow(
                 clip["item"], clip["id"], clip["split"], state, reason, detail, clip["shard"]
             )
@@ -296,14 +137,61 @@ def shard_indices(plan: dict[str, Any]) -> list[int]:
     return sorted(map(int, plan["shards"]))
 
 
-def shard_failures(
-    store: ShardStore, plan: dict[str, Any], index: int
-) -> dict[str, tuple[str, str]] | None:
-    """Clips of a complete shard that failed: id to (reason, detail); None if it is not complete."""
+def missing_shards(store: ShardStore, plan: dict[str, Any]) -> list[int]:
+    """Planned shards that are not complete, ascending."""
+    return [
+        index
+        for index in shard_indices(plan)
+        if not store.done(index, fingerprint=plan["shards"][str(index)]["fingerprint"])
+    ]
+
+
+def complete_plan(store: ShardStore) -> dict[str, Any]:
+    """Return the plan of shards that are all there; a ``UserError`` names those that are not."""
+    plan = store.read_plan()
+    if plan is None:
+        raise UserError(f"{store.root}: holds no planned shards; run preprocess first")
+    missing = missing_shards(store, plan)
+    if missing:
+        raise UserError(
+            f"{store.root}: {len(missing)} of {len(plan['shards'])} shards are missing or out of "
+            f"date ({shorten(missing)}); run preprocess"
+        )
+    return plan
+
+
+def data_fingerprint(store: ShardStore, plan: dict[str, Any]) -> str:
+    """What training depends on: shards by content, and the split of each encoded clip in order."""
+    rows = (row for row in ledger(store, plan) if row.state == "encoded")
+    clips = sorted((row.shard, row.id, row.split) for row in rows)
+    return fingerprint({"shards": plan["shards"], "clips": clips})
+
+
+def shorten(indices: list[int]) -> str:
+    """``0-3,7``, the form that ``--shards`` takes; the beginning of it if it is long."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and index == parts[-1][-1] + 1:
+            parts[-1][1:] = [index]
+        else:
+            parts.append([index])
+    shown = ",".join("-".join(map(str, part)) for part in parts[:10])
+    return shown + (",..." if len(parts) > 10 else "")
+
+
+Outcome = tuple[Literal["encoded", "failed", "pending"], str, str]
+_PENDING: Outcome = ("pending", "", "")
+
+
+def _outcomes(store: ShardStore, plan: dict[str, Any], index: int) -> dict[str, Outcome]:
+    """What the marker of a shard says of each of its clips; empty if it is not complete."""
     marker = read_marker(store.shard(index), fingerprint=plan["shards"][str(index)]["fingerprint"])
     if marker is None:
-        return None
-    return {entry["id"]: (entry["reason"], entry["detail"]) for entry in marker["failed"]}
+        return {}
+    found: dict[str, Outcome] = {row["id"]: ("encoded", "", "") for row in marker["rows"]}
+    for entry in marker["failed"]:
+        found[entry["id"]] = ("failed", entry["reason"], entry["detail"])
+    return found
 
 
 # ---------------------------------------------------------------- the run directory
@@ -328,6 +216,11 @@ class RunDir:
     def training(self, transformer: str = "transformer") -> "TrainDir":
         """Files of the training of one transformer."""
         return TrainDir(self.root / "train" / transformer)
+
+    @property
+    def resolved(self) -> Path:
+        """The recipe that the verbs of ``fastvideo run`` share."""
+        return self.root / "run.yaml"
 
     @property
     def export(self) -> Path:
@@ -356,6 +249,11 @@ class TrainDir:
         return self.root / "checkpoints"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that trains here."""
+        return self.root / "lock"
+
+    @property
     def metrics(self) -> Path:
         """A JSON object per logged step."""
         return self.root / "metrics.jsonl"
@@ -371,8 +269,16 @@ class TrainDir:
 
     def complete_checkpoints(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        folders = self.checkpoints.glob("step-????????") if self.checkpoints.is_dir() else []
-        return sorted(int(f.name[5:]) for f in folders if read_checkpoint_marker(f) is not None)
+        folders = self.checkpoint_folders()
+        return [step for step in folders if read_checkpoint_marker(folders[step]) is not None]
+
+    def checkpoint_folders(self) -> dict[int, Path]:
+        """Folders of checkpoints, complete or not, by step, ascending."""
+        if not self.checkpoints.is_dir():
+            return {}
+        names = (re.fullmatch(r"step-(\d{8})", f.name) for f in self.checkpoints.iterdir())
+        steps = sorted(int(name[1]) for name in names if name)
+        return {step: self.checkpoint(step) for step in steps}
 
 
 def checkpoint_marker(folder: Path) -> Path:
@@ -399,8 +305,6 @@ def prune_checkpoints(directory: TrainDir, *, keep_last: int) -> None:
         checkpoint_marker(directory.checkpoint(step)).unlink()
         fault("checkpoint.prune")
     kept = complete[-keep_last:]
-    folders = directory.checkpoints.glob("step-????????") if kept else []
-    for folder in folders:
-        step = int(folder.name[5:])
-        if step < kept[-1] and step not in kept:
+    for step, folder in directory.checkpoint_folders().items():
+        if kept and step < kept[-1] and step not in kept:
             shutil.rmtree(folder)

@@ -2,6 +2,7 @@
 """What is done and what is missing, from the files alone; no torch, no pyarrow."""
 
 import collections
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,12 +23,15 @@ def summary(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def clip_lines(recipe: Recipe) -> Iterator[str]:
-    """The ledger, tab-separated, a header first; line breaks in names are escaped."""
+def clip_lines(recipe: Recipe, *, as_json: bool = False) -> Iterator[str]:
+    """The ledger, tab-separated with a header, line breaks escaped; or a JSON object per line."""
     store = ShardStore(recipe.shards.path)
     plan = store.read_plan()
     if plan is None:
         raise UserError(f"{store.plan}: no manifest yet; run preprocess --manifest-only")
+    if as_json:
+        yield from (json.dumps(vars(row), ensure_ascii=False) for row in state.ledger(store, plan))
+        return
     names = ("item", "state", "reason", "split", "shard", "id", "detail")
     yield "\t".join(names)
     for row in state.ledger(store, plan):
@@ -52,7 +56,7 @@ def describe(counts: dict[str, Any]) -> str:
     for kind in ("filtered", "failed"):
         for reason, count in clips[kind].items():
             lines.append(f"        {kind}: {reason} {count}")
-    missing = f", missing {_ranges(shards['missing'])}" if shards["missing"] else ""
+    missing = f", missing {state.shorten(shards['missing'])}" if shards["missing"] else ""
     lines.append(f"shards  {shards['done']} of {shards['total']} done{missing}")
     for name, training in counts["train"].items():
         kept = ", ".join(map(str, training["checkpoints"])) or "none"
@@ -75,13 +79,10 @@ def _clips(rows: Iterable[LedgerRow]) -> dict[str, Any]:
 
 
 def _shards(store: ShardStore, plan: dict[str, Any] | None) -> dict[str, Any]:
-    planned = state.shard_indices(plan) if plan else []
-    missing = [
-        index
-        for index in planned
-        if plan and not store.done(index, fingerprint=plan["shards"][str(index)]["fingerprint"])
-    ]
-    return {"total": len(planned), "done": len(planned) - len(missing), "missing": missing}
+    if plan is None:
+        return {"total": 0, "done": 0, "missing": []}
+    missing, total = state.missing_shards(store, plan), len(plan["shards"])
+    return {"total": total, "done": total - len(missing), "missing": missing}
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
@@ -94,14 +95,3 @@ def _training(recipe: Recipe) -> dict[str, Any]:
             step = steps[-1] if steps else 0
             found[folder] = {"step": step, "steps": recipe.train.steps, "checkpoints": steps}
     return found
-
-
-def _ranges(indices: list[int]) -> str:
-    """``[0, 1, 2, 7]`` as ``0-2,7``, the form that ``--shards`` takes."""
-    parts: list[list[int]] = []
-    for index in indices:
-        if parts and index == parts[-1][-1] + 1:
-            parts[-1][1:] = [index]
-        else:
-            parts.append([index])
-    return ",".join("-".join(map(str, part)) for part in parts)

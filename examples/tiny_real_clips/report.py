@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fastvideo import log, state
+from fastvideo import atomic, log
 from fastvideo.config.prompts import load_prompts
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.decode import decode_clip
@@ -50,7 +50,7 @@ def main() -> None:
         "heldout_loss_after": heldout[-1],
         "videos": [str(path) for path in sorted(run_dir.generated("export").glob("*.mp4"))],
     }
-    state.write_json(run_dir.root / "summary.json", summary, point="summary")
+    atomic.write_json(run_dir.root / "summary.json", summary, point="summary")
     _contact_sheet(recipe, captions, run_dir.root / "demo.png")
     _print(summary, run_dir)
 

@@ -46,13 +46,6 @@ class Architecture:
                 )
         return problems
 
-    def latent_shape(
-        self, *, num_frames: int, height: int, width: int, channels: int
-    ) -> tuple[int, int, int, int]:
-        """Shape (C, T, H, W) of the latent of a clip of this pixel geometry."""
-        frames = (num_frames - 1) // self.temporal_stride + 1
-        return channels, frames, height // self.spatial_stride, width // self.spatial_stride
-
 
 def _nearest(size: int, multiple: int, *, least: int) -> int:
     return max(least, round(size / multiple) * multiple)

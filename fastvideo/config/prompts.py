@@ -42,6 +42,8 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply; write a list of prompts") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"

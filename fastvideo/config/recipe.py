@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -24,7 +25,17 @@ def _not_empty(value: str) -> str:
     return value
 
 
+def _path(value: object) -> object:
+    if isinstance(value, str):
+        _not_empty(value)
+        if "\0" in value:
+            raise ValueError(f"{value!r} has a NUL character in it; write a path")
+        return str(Path(value).expanduser())
+    return value
+
+
 Text = Annotated[str, AfterValidator(_not_empty)]
+File = Annotated[Path, BeforeValidator(_path)]
 
 
 class Model(Spec):
@@ -79,7 +90,7 @@ class MergedSource(Spec):
 
     kind: Literal["merged"] = "merged"
     """Form of the data set."""
-    path: Path
+    path: File
     """The folder."""
     max_failed: Share = 0.1
     """Share of clips that may fail before preprocessing counts as failed."""
@@ -95,7 +106,7 @@ class MergedSource(Spec):
 class Shards(Spec):
     """The Parquet files between preprocessing and training."""
 
-    path: Path
+    path: File
     """Folder; recipes with the same model, clip and source share it."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Of stored latents; float32 stores every tensor so, and upstream FastVideo can read it."""
@@ -119,7 +130,7 @@ class Preprocess(Spec):
 class Validation(Spec):
     """Prompts that are encoded in preprocessing, for samples without a text encoder."""
 
-    prompts: Path | None = None
+    prompts: File | None = None
     """A JSON file as `generate.prompts`; empty for none."""
 
 
@@ -129,13 +140,13 @@ class Export(Spec):
     max_shard_gib: PositiveFloat = 5.0
     """Largest safetensors file; larger weights are split, with an index."""
     components: Literal["link", "copy"] = "link"
-    """How the untouched parts come in: hard links where the file system allows, else copies."""
+    """How the untouched weights come in: hard links where the file system allows, else copies."""
 
 
 class Generate(Spec):
     """Sampling with the diffusers pipeline."""
 
-    prompts: Path | None = None
+    prompts: File | None = None
     """JSON: upstream's `{"data": [{"caption": ...}]}` or a list of prompts."""
     weights: Literal["export", "base"] = "export"
     """Sample the exported model, or the base model before finetuning."""
@@ -164,7 +175,7 @@ class Recipe(Spec):
     """The raw videos."""
     shards: Shards
     """What preprocessing writes."""
-    run_dir: Path
+    run_dir: File
     """What training, export and sampling write."""
     preprocess: Preprocess = Preprocess()
     """How preprocessing uses the machine."""

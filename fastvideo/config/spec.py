@@ -34,8 +34,10 @@ class Spec(BaseModel):
             UserError: One line per mistake: file, key path, value and what would be right.
         """
         tree = _read_yaml(path)
+        _check_plain(tree, origin=str(path))
         for override in overrides:
             _assign(tree, override)
+            _check_plain(tree, origin=f"override {_short(override)}")
         return cls.parse(tree, origin=str(path))
 
     @classmethod
@@ -96,18 +98,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds {type(tree).__name__}, not a table of keys; see configs/")
-    try:
-        json.dumps(tree)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: holds a value that configs do not know: {error}") from None
     return tree
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def _check_plain(tree: dict[str, Any], *, origin: str) -> None:
+    try:
+        json.dumps(tree)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: holds a value that configs do not know: {error}") from None
+
+
+def _yaml_problem(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
@@ -121,10 +126,9 @@ def _assign(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} is not key.path=value, e.g. train.steps=200")
     try:
         value = read_yaml_text(text)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"override {override!r}: not a YAML value: {_yaml_problem(error)}"
-        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = _yaml_problem(error)
+        raise UserError(f"override {_short(override)}: not a YAML value: {problem}") from None
     *parents, leaf = key.split(".")
     table = tree
     for depth, parent in enumerate(parents):

@@ -59,16 +59,30 @@ def decode_ahead(files: Sequence[VideoFile], *, clip: Clip, workers: int) -> Gen
         initializer=die_with_parent,
     )
     upcoming = iter(files)
-    pending: collections.deque[concurrent.futures.Future[Decoded]] = collections.deque()
+    pending: collections.deque[tuple[VideoFile, concurrent.futures.Future[Decoded]]]
+    pending = collections.deque()
     try:
         while True:
             while len(pending) < 2 * workers and (file := next(upcoming, None)) is not None:
-                pending.append(pool.submit(decode, file))
+                pending.append((file, pool.submit(decode, file)))
             if not pending:
                 return
-            yield pending.popleft().result()
+            suspects = [file for file, _ in pending][:workers]
+            yield _result(pending.popleft()[1], suspects=suspects)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _result(
+    future: concurrent.futures.Future[Decoded], *, suspects: Sequence[VideoFile]
+) -> Decoded:
+    try:
+        return future.result()
+    except concurrent.futures.BrokenExecutor as error:
+        names = ", ".join(str(file.path) for file in suspects)
+        raise RuntimeError(
+            f"a decoding process died, of a crash or for lack of memory, on one of: {names}"
+        ) from error
 
 
 def _decode(file: VideoFile, *, clip: Clip) -> Decoded:
@@ -83,7 +97,10 @@ def _decode(file: VideoFile, *, clip: Clip) -> Decoded:
 
 
 def _decode_once(file: VideoFile, *, clip: Clip) -> Decoded:
-    status = file.path.stat()
+    try:
+        status = file.path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{file.path}: is gone since the manifest was planned") from None
     if (status.st_size, status.st_mtime_ns) != (file.bytes, file.mtime_ns):
         raise UserError(f"{file.path}: changed since the manifest was planned; preprocess again")
     try:

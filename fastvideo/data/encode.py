@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.decode_ahead import Decoded, Frames, VideoFile, decode_ahead
-from fastvideo.data.manifest import ClipRow, read_rows
+from fastvideo.data.manifest import ClipRow, read_rows, shard_fingerprint
 from fastvideo.data.shard import PROMPT_SCHEMA, SHARD_SCHEMA, Contents, Row, cast, write_shard
+from fastvideo.errors import UserError
 from fastvideo.log import Progress, logger
 from fastvideo.models.family import Encoders, EncoderSettings, find_family, find_model, pick_device
 from fastvideo.state import ShardStore
@@ -41,31 +42,38 @@ def fill_shards(
     missing: Sequence[int],
     encoders: Encoders,
 ) -> None:
-    """Encode the missing shards one after the other while workers decode ahead."""
-    clips = [clip for index in missing for clip in read_rows(store, index)]
+    """Encode the missing shards one after the other while workers decode ahead.
+
+    Raises:
+        UserError: The manifest is not the plan's any more, or a video changed since.
+    """
+    rows = {index: _planned_rows(store, plan, index) for index in missing}
+    clips = list(itertools.chain.from_iterable(rows.values()))
     logger.info("encoding %d clips into %d shards", len(clips), len(missing))
     progress = Progress("clips", total=len(clips))
     videos = recipe.source.path / "videos"
     files = [VideoFile(videos / clip.path, clip.bytes, clip.mtime_ns) for clip in clips]
     decoded = decode_ahead(files, clip=recipe.clip, workers=recipe.preprocess.decode_workers)
     with contextlib.closing(decoded), contextlib.closing(progress):
-        pairs = zip(clips, decoded, strict=True)
         for index in missing:
-            planned = plan["shards"][str(index)]
-            contents = Contents(planned["fingerprint"], plan["settings"])
-            rows = _encode(
-                recipe,
-                itertools.islice(pairs, planned["rows"]),
-                encoders=encoders,
-                failed=contents.failed,
-            )
+            failed: list[dict[str, str]] = []
+            pairs = zip(rows[index], decoded, strict=False)
             write_shard(
                 store.shard(index),
-                _counted(rows, progress),
+                _encode(recipe, pairs, encoders=encoders, failed=failed, progress=progress),
                 schema=SHARD_SCHEMA,
-                contents=contents,
+                contents=Contents(plan["shards"][str(index)]["fingerprint"], plan["settings"]),
+                failed=failed,
                 point="shard",
             )
+
+
+def _planned_rows(store: ShardStore, plan: dict[str, Any], index: int) -> list[ClipRow]:
+    """Rows of a shard, which must be those its fingerprint was made of."""
+    rows = read_rows(store, index)
+    if shard_fingerprint(plan["settings"], rows) != plan["shards"][str(index)]["fingerprint"]:
+        raise UserError(f"{store.manifest}: was planned anew meanwhile; run the same command again")
+    return rows
 
 
 def write_prompts(
@@ -86,18 +94,13 @@ def write_prompts(
     write_shard(store.validation, rows, schema=PROMPT_SCHEMA, contents=contents, point="prompts")
 
 
-def _counted(rows: Iterator[Row], progress: Progress) -> Iterator[Row]:
-    for row in rows:
-        yield row
-        progress.advance(str(row.values["id"]))
-
-
 def _encode(
     recipe: Recipe,
     decoded: Iterable[tuple[ClipRow, Decoded]],
     *,
     encoders: Encoders,
     failed: list[dict[str, str]],
+    progress: Progress,
 ) -> Iterator[Row]:
     """Yield the rows of one shard; faulty clips go to ``failed``."""
     for clip, result in decoded:
@@ -107,6 +110,7 @@ def _encode(
             failed.append({"id": clip.id, "reason": reason, "detail": detail})
         else:
             yield _row(recipe, clip, result.frames, encoders)
+        progress.advance(clip.id)
 
 
 def _row(recipe: Recipe, clip: ClipRow, frames_FHWC: Frames, encoders: Encoders) -> Row:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo import state
+from fastvideo import atomic, hashing
 from fastvideo.data.decode import DECODE_SETTINGS, ClipFault, VideoInfo, die_with_parent, probe
 from fastvideo.log import Progress, logger
 
@@ -68,7 +68,7 @@ def examine_file(path: Path) -> Examined:
     """Hash and probe one file."""
     status = path.stat()
     info, fault = None, None
-    sha256 = state.file_sha256(path)
+    sha256 = hashing.file_sha256(path)
     try:
         info = probe(path)
     except ClipFault as clip_fault:
@@ -110,7 +110,7 @@ def _journaled(
             line = {"name": name, "version": DECODE_SETTINGS["version"]}
             file.write(json.dumps(line | dataclasses.asdict(result)) + "\n")
             file.flush()
-            state.fault("probe")
+            atomic.fault("probe")
             progress.advance(name)
             yield name, result
 

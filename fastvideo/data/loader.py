@@ -15,9 +15,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from fastvideo import state
+from fastvideo import hashing, state
 from fastvideo.data.shard import StoredTensor, stored_tensor
-from fastvideo.errors import UserError
 from fastvideo.state import ShardStore
 
 T = TypeVar("T")
@@ -50,7 +49,7 @@ class Samples:
         Raises:
             UserError: No plan, or shards that are missing.
         """
-        plan = complete_plan(store)
+        plan = state.complete_plan(store)
         splits = dict(_splits(store))
         self._entries = [
             _entry(store.shard(index), row)
@@ -70,25 +69,6 @@ class Samples:
         if entry.more_text is not None:
             texts += entry.more_text.read().split(entry.more_lengths)
         return Sample(entry.id, entry.vae_latent.read(), tuple(texts))
-
-
-def complete_plan(store: ShardStore) -> dict[str, Any]:
-    """Return the plan of shards that are all there; a ``UserError`` names those that are not."""
-    plan = store.read_plan()
-    if plan is None:
-        raise UserError(f"{store.root}: holds no planned shards; run preprocess first")
-    missing = [
-        index
-        for index in state.shard_indices(plan)
-        if not store.done(index, fingerprint=plan["shards"][str(index)]["fingerprint"])
-    ]
-    if missing:
-        listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        raise UserError(
-            f"{store.root}: {len(missing)} of {len(plan['shards'])} shards are missing or out of "
-            f"date ({listed}); run preprocess"
-        )
-    return plan
 
 
 def _splits(store: ShardStore) -> Iterator[tuple[str, str]]:
@@ -135,7 +115,7 @@ class Order:
         """Place of the sample at a global position, counted from 0 over all epochs."""
         epoch, within = divmod(position, self._num_samples)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(state.seed_of(self._seed, "order", epoch))
+            generator = torch.Generator().manual_seed(hashing.seed_of(self._seed, "order", epoch))
             self._permutation = torch.randperm(self._num_samples, generator=generator)
             self._epoch = epoch
         return Place(epoch, int(self._permutation[within]))

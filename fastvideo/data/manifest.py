@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastvideo import state
+from fastvideo import atomic, hashing, state
 from fastvideo.config.recipe import MergedSource, Recipe
 from fastvideo.data.changes import log_changes
 from fastvideo.data.decode import DECODE_SETTINGS, VideoInfo
@@ -105,7 +105,7 @@ def plan_manifest(recipe: Recipe, *, store: ShardStore, settings: dict[str, Any]
         UserError: The source cannot be read.
         OSError: A file could not be read; no clip is to blame.
     """
-    settings = json.loads(state.canonical(settings))
+    settings = json.loads(hashing.canonical(settings))
     previous = _read_previous(store)
     items = read_merged(recipe.source)
     videos = recipe.source.path.absolute() / "videos"
@@ -139,6 +139,11 @@ def read_rows(store: ShardStore, shard: int | None = None) -> list[ClipRow]:
         raise UserError(message) from None
     rows, by_shard = _read_cached(store.manifest, status.st_size, status.st_mtime_ns)
     return list(rows if shard is None else by_shard.get(shard, ()))
+
+
+def shard_fingerprint(settings: Mapping[str, Any], rows: Sequence[ClipRow]) -> str:
+    """What the plan holds for a shard of these rows, in their order."""
+    return _fingerprint(settings, {row.id: (row.sha256, row.captions) for row in rows})
 
 
 # ---------------------------------------------------------------- judge
@@ -285,12 +290,7 @@ def _write(manifest: Manifest, *, store: ShardStore) -> dict[str, Any]:
     shards = {
         str(index): {
             "rows": len(entries),
-            "fingerprint": state.fingerprint(
-                {
-                    "settings": manifest.settings,
-                    "clips": [[clip, *entry] for clip, entry in entries.items()],
-                }
-            ),
+            "fingerprint": _fingerprint(manifest.settings, entries),
         }
         for index, entries in manifest.clips_by_shard().items()
     }
@@ -302,13 +302,20 @@ def _write(manifest: Manifest, *, store: ShardStore) -> dict[str, Any]:
         "shards": shards,
     }
     same = _holds(store.manifest, table) and _holds(store.clips, clips)
-    if not (same and state.read_json(store.plan) == plan):
+    if not (same and atomic.read_json(store.plan) == plan):
         store.plan.unlink(missing_ok=True)
-        state.fault("plan.remove")
-        state.write_bytes(store.manifest, table, point="manifest")
-        state.write_bytes(store.clips, clips, point="clips")
-        state.write_json(store.plan, plan, point="plan")
+        atomic.fault("plan.remove")
+        atomic.write_bytes(store.manifest, table, point="manifest")
+        atomic.write_bytes(store.clips, clips, point="clips")
+        atomic.write_json(store.plan, plan, point="plan")
     return plan
+
+
+def _fingerprint(
+    settings: Mapping[str, Any], clips: Mapping[str, tuple[str, tuple[str, ...]]]
+) -> str:
+    entries = [[clip, *entry] for clip, entry in clips.items()]
+    return hashing.fingerprint({"settings": settings, "clips": entries})
 
 
 def _holds(path: Path, data: bytes) -> bool:
@@ -325,7 +332,7 @@ def _parquet(manifest: Manifest) -> bytes:
         "fastvideo.schema": str(state.SCHEMA_VERSION),
         "fastvideo.probe_version": str(manifest.probe_version),
         "fastvideo.next_shard": str(manifest.next_shard),
-        "fastvideo.settings": state.canonical(manifest.settings),
+        "fastvideo.settings": hashing.canonical(manifest.settings),
     }
     table = pa.table(columns, schema=_SCHEMA.with_metadata(metadata))
     sink = pa.BufferOutputStream()

@@ -9,8 +9,8 @@ the file as one run of bytes whose place the marker records, so that training re
 
 import os
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from fastvideo import __version__, state
+from fastvideo import __version__, atomic, hashing, state
 from fastvideo.errors import UserError
 
 _TENSOR = {"bytes": pa.binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()}
@@ -71,11 +71,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a Parquet file is made from and made of, for its marker."""
+    """What a Parquet file is made from, for its marker."""
 
     fingerprint: str
     settings: Mapping[str, Any]
-    failed: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -102,20 +101,32 @@ class StoredTensor:
 
 
 def write_shard(
-    path: Path, rows: Iterable[Row], *, schema: pa.Schema, contents: Contents, point: str
+    path: Path,
+    rows: Iterable[Row],
+    *,
+    schema: pa.Schema,
+    contents: Contents,
+    failed: Sequence[Mapping[str, str]] = (),
+    point: str,
 ) -> None:
     """Write a Parquet file and then its marker, each complete or not there at all.
 
-    ``contents.failed`` may grow while ``rows`` is consumed. ``point`` names the fault points.
+    Args:
+        path: The Parquet file.
+        rows: Taken one by one.
+        schema: Of the columns.
+        contents: What the rows are made from.
+        failed: Id, reason and detail of clips that gave no row; read after ``rows`` is used up.
+        point: Names the fault points.
     """
     metadata = {
         "fastvideo.schema": str(state.SCHEMA_VERSION),
         "fastvideo.fingerprint": contents.fingerprint,
-        "fastvideo.settings": state.canonical(contents.settings),
+        "fastvideo.settings": hashing.canonical(contents.settings),
     }
     listed = []
-    state.sweep(state.marker_path(path))
-    with state.replacing(path, point=f"{point}.parquet") as temporary:
+    marker_path = state.marker_path(path)
+    with atomic.replacing(path, point=f"{point}.parquet", marker=marker_path) as temporary:
         with pq.ParquetWriter(
             temporary,
             schema,
@@ -136,14 +147,14 @@ def write_shard(
         "settings": contents.settings,
         "bytes": size,
         "rows": places,
-        "failed": contents.failed,
+        "failed": list(failed),
         "written_by": {
             "fastvideo": __version__,
             "torch": torch.__version__,
             "pyarrow": pa.__version__,
         },
     }
-    state.write_json(state.marker_path(path), marker, point=f"{point}.marker")
+    atomic.write_json(marker_path, marker, point=f"{point}.marker")
 
 
 def stored_tensor(path: Path, row: Mapping[str, Any], name: str) -> StoredTensor | None:
@@ -176,6 +187,11 @@ def read_prompts(store: state.ShardStore, *, settings: Mapping[str, Any]) -> dic
 def cast(tensor: Tensor, dtype: str, *, clip: str) -> Tensor:
     """Return ``tensor`` in the stored ``dtype``; a value that does not fit is an error."""
     stored = tensor.to(getattr(torch, dtype))
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(
+            f"clip {clip!r}: the VAE made a latent that is not finite; set shards.vae_dtype: "
+            "float32, or filter the clip out"
+        )
     if not bool(torch.isfinite(stored).all()):
         largest = float(tensor.abs().max())
         raise UserError(

@@ -5,10 +5,13 @@ Axes: F pixel frames, C latent channels, T/Y/X latent frames, rows, columns, L t
 dimension, B batch.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,8 +63,8 @@ class EncoderSettings:
 class Family(Protocol):
     """One architecture: everything that differs between Wan2.1, Wan2.2 and HunyuanVideo."""
 
-    def transformers(self, path: Path) -> tuple[str, ...]:
-        """Folders of the transformers in a checkpoint."""
+    def check(self, path: Path) -> None:
+        """Refuse a checkpoint of another architecture with a ``UserError``; needs no torch."""
 
     def encoder_parts(self, path: Path) -> dict[str, list[Path]]:
         """Files that decide what the encoders compute, by part (``vae``, ``text``)."""
@@ -108,29 +111,59 @@ def find_model(path: str) -> Path:
     Raises:
         UserError: There is no such folder, and the Hub has it not or cannot be reached.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if (folder / "model_index.json").is_file():
         return folder
     if folder.exists():
         raise UserError(f"model.path={path}: has no model_index.json; give a diffusers folder")
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path, re.ASCII):
         raise UserError(f"model.path={path}: there is no such folder")
     return _from_hub(path)
 
 
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"model.path={repository}: neither a folder here nor in the Hugging Face cache, and "
             f"the Hub did not give it ({reason}); fetch it where there is a network with "
             f"`hf download {repository}`, or write the path of a folder"
         ) from None
+
+
+def read_config(path: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file of a model folder."""
+    try:
+        config = json.loads((path / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"model.path={path}: has no {name}; give a whole diffusers folder"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"model.path={path}: {name} is damaged ({error}); fetch it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"model.path={path}: {name} is damaged (no table); fetch it again")
+    return config
+
+
+@contextlib.contextmanager
+def loading(path: Path, part: str) -> Iterator[None]:
+    """Turn what the libraries raise on a missing, cut or foreign part into a ``UserError``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"model.path={path}: its {part} cannot be loaded ({reason}); fetch it again, or give "
+            "a whole diffusers folder of the recipe's model.family"
+        ) from error
 
 
 def quiet_libraries() -> None:

@@ -2,7 +2,6 @@
 """Tiny models of the real architectures: a trained VAE, all else random; for CPU, in seconds."""
 
 import itertools
-import shutil
 import string
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from fastvideo import atomic
 from fastvideo.models.family import quiet_libraries
 
 TEXT_DIM = 32
@@ -46,8 +46,8 @@ def write_tiny(folder: Path, *, seed: int = 0) -> None:
             transformer=_transformer(),
         )
     quiet_libraries()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = atomic.temporary_name(folder)
+    atomic.sweep(folder)
     pipeline.save_pretrained(temporary)
     temporary.rename(folder)
 

@@ -4,10 +4,9 @@
 torch is imported where a part is loaded: facts about files must be at hand without it.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastvideo.config.architectures import architecture
 from fastvideo.errors import UserError
@@ -15,7 +14,9 @@ from fastvideo.models.family import (
     Encoders,
     EncoderSettings,
     LatentStatistics,
+    loading,
     quiet_libraries,
+    read_config,
 )
 
 if TYPE_CHECKING:
@@ -26,28 +27,34 @@ if TYPE_CHECKING:
 class Wan21:
     """The family ``wan2.1``; see ``fastvideo.models.family.Family`` for each method."""
 
-    def transformers(self, path: Path) -> tuple[str, ...]:
-        """Wan2.1 has one."""
-        _require(path, "transformer/config.json")
-        return ("transformer",)
+    def check(self, path: Path) -> None:
+        """Refuse Wan2.2 and image-to-video checkpoints, which have the same classes."""
+        index = read_config(path, "model_index.json")
+        if (index.get("transformer_2") or [None])[0] or index.get("expand_timesteps"):
+            raise UserError(f"model.path={path}: is a Wan2.2 model; this version trains wan2.1")
+        if not (path / "transformer").is_dir():
+            return  # preprocessing does without
+        config = read_config(path, "transformer/config.json")
+        if config.get("image_dim") is not None or config.get("in_channels") != 16:
+            raise UserError(
+                f"model.path={path}: its transformer takes {config.get('in_channels')} channels "
+                "and images; this version trains Wan2.1 text-to-video only"
+            )
 
     def encoder_parts(self, path: Path) -> dict[str, list[Path]]:
         """Configurations and weights of the VAE, the text encoder and the tokenizer."""
-        parts = {"vae": ["vae"], "text": ["text_encoder", "tokenizer"]}
-        found = {part: _files(path, folders) for part, folders in parts.items()}
-        for part, folders in parts.items():
-            if not found[part]:
-                raise UserError(f"model.path={path}: has no files in {folders[0]}/")
-        return found
+        parts = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}
+        return {part: [f for folder in parts[part] for f in _files(path, folder)] for part in parts}
 
     def latent_statistics(self, path: Path) -> LatentStatistics:
         """Per-channel mean and standard deviation, 16 channels in Wan2.1."""
-        config = _config(path, "vae/config.json")
-        return LatentStatistics(tuple(config["latents_mean"]), tuple(config["latents_std"]))
+        config = read_config(path, "vae/config.json")
+        with loading(path, "vae"):
+            return LatentStatistics(tuple(config["latents_mean"]), tuple(config["latents_std"]))
 
     def flow_shift(self, path: Path) -> float:
         """3 for 480p and 5 for 720p in the published checkpoints."""
-        config = _config(path, "scheduler/scheduler_config.json")
+        config = read_config(path, "scheduler/scheduler_config.json")
         return float(config.get("flow_shift", config.get("shift", 1.0)))
 
     def load_encoders(self, path: Path, *, settings: EncoderSettings) -> Encoders:
@@ -62,13 +69,9 @@ class Wan21:
         from diffusers import WanTransformer3DModel
 
         quiet_libraries()
-        model: WanTransformer3DModel = WanTransformer3DModel.from_pretrained(
-            path, subfolder=folder, dtype=torch.float32, local_files_only=True
-        )
-        if model.config.image_dim is not None or model.config.in_channels != 16:
-            raise UserError(
-                f"model.path={path}: its transformer takes {model.config.in_channels} channels and "
-                "images; this version trains Wan2.1 text-to-video only"
+        with loading(path, folder):
+            model: WanTransformer3DModel = WanTransformer3DModel.from_pretrained(
+                path, subfolder=folder, dtype=torch.float32, local_files_only=True
             )
         return model
 
@@ -99,12 +102,13 @@ class Wan21:
         from diffusers import AutoencoderKLWan, WanPipeline
 
         quiet_libraries()
-        vae = AutoencoderKLWan.from_pretrained(
-            path, subfolder="vae", dtype=torch.float32, local_files_only=True
-        )
-        pipeline: WanPipeline = WanPipeline.from_pretrained(
-            path, vae=vae, dtype=getattr(torch, dtype), local_files_only=True
-        )
+        with loading(path, "pipeline"):
+            vae = AutoencoderKLWan.from_pretrained(
+                path, subfolder="vae", dtype=torch.float32, local_files_only=True
+            )
+            pipeline: WanPipeline = WanPipeline.from_pretrained(
+                path, vae=vae, dtype=getattr(torch, dtype), local_files_only=True
+            )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
 
@@ -121,21 +125,12 @@ def pad_text(text: "Sequence[Tensor]", *, length: int) -> "Tensor":
     return padded
 
 
-def _files(path: Path, folders: Sequence[str]) -> list[Path]:
-    return sorted(
+def _files(path: Path, folder: str) -> list[Path]:
+    found = sorted(
         file
-        for folder in folders
         for file in (path / folder).rglob("*")
         if file.is_file() and not file.name.startswith(".")
     )
-
-
-def _config(path: Path, name: str) -> dict[str, Any]:
-    _require(path, name)
-    config: dict[str, Any] = json.loads((path / name).read_text(encoding="utf-8"))
-    return config
-
-
-def _require(path: Path, name: str) -> None:
-    if not (path / name).is_file():
-        raise UserError(f"model.path={path}: has no {name}; give a whole Wan2.1 diffusers folder")
+    if not found:
+        raise UserError(f"model.path={path}: has no {folder}/; give a whole diffusers folder")
+    return found

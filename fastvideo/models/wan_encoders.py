@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from fastvideo.config.architectures import architecture
-from fastvideo.models.family import EncoderSettings, quiet_libraries
+from fastvideo.models.family import EncoderSettings, loading, quiet_libraries
 
 
 class WanEncoders:
@@ -22,21 +22,24 @@ class WanEncoders:
         """Load them."""
         quiet_libraries()
         self._device = torch.device(settings.device)
-        self._vae = AutoencoderKLWan.from_pretrained(
-            path,
-            subfolder="vae",
-            dtype=getattr(torch, settings.vae_dtype),
-            local_files_only=True,
-        ).to(self._device)
-        text_encoder = UMT5EncoderModel.from_pretrained(
-            path,
-            subfolder="text_encoder",
-            dtype=getattr(torch, settings.text_dtype),
-            local_files_only=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, subfolder="tokenizer", local_files_only=True
-        )
+        with loading(path, "vae"):
+            vae = AutoencoderKLWan.from_pretrained(
+                path,
+                subfolder="vae",
+                dtype=getattr(torch, settings.vae_dtype),
+                local_files_only=True,
+            )
+        with loading(path, "text encoder"):
+            text_encoder = UMT5EncoderModel.from_pretrained(
+                path,
+                subfolder="text_encoder",
+                dtype=getattr(torch, settings.text_dtype),
+                local_files_only=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, subfolder="tokenizer", local_files_only=True
+            )
+        self._vae = vae.to(self._device)
         self._text = WanPipeline(
             tokenizer=tokenizer,
             text_encoder=text_encoder.to(self._device),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvideo import state
+from fastvideo import hashing
 from fastvideo.config.train import Timesteps
 from fastvideo.data.loader import Place, Sample, Samples
 from fastvideo.models.family import LatentStatistics
@@ -53,7 +53,7 @@ class Draw:
     def training(self, place: Place) -> Drawn:
         """Draw caption, dropout, noise level and noise, in this order."""
         generator = torch.Generator()
-        generator.manual_seed(state.seed_of(self.seed, "sample", place.epoch, place.index))
+        generator.manual_seed(hashing.seed_of(self.seed, "sample", place.epoch, place.index))
         sample = self.samples[place.index]
         caption, dropout, u = torch.rand(3, generator=generator, dtype=torch.float64)
         text = sample.texts[int(caption * len(sample.texts))]
@@ -64,7 +64,7 @@ class Draw:
     def heldout(self, index: int, *, quantile: float) -> Drawn:
         """The first caption, a fixed quantile of the noise levels and fixed noise."""
         generator = torch.Generator()
-        generator.manual_seed(state.seed_of(self.seed, "heldout", index, repr(quantile)))
+        generator.manual_seed(hashing.seed_of(self.seed, "heldout", index, repr(quantile)))
         sample = self.samples[index]
         u = torch.tensor(quantile, dtype=torch.float64)
         return self._drawn(sample, sample.texts[0], u, generator)

@@ -4,15 +4,18 @@
 Free of torch until there is something to train, so that a finished run answers at once.
 """
 
+import contextlib
+import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastvideo import state
+from fastvideo import atomic, hashing, state
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.log import logger
-from fastvideo.state import RunDir, ShardStore
+from fastvideo.models.family import find_family, find_model, read_config
+from fastvideo.state import RunDir, ShardStore, TrainDir
 from fastvideo.train.stop import StopRequest
 
 MAY_CHANGE = (
@@ -34,8 +37,8 @@ MAY_CHANGE = (
     "train.log_every_steps",
     "train.loader_workers",
 )
-"""What a resumed run may say differently: lengths, cadences, layout, places, other verbs. The data
-and the base model are compared by content, not by their keys."""
+"""What a resumed run may say differently: lengths, cadences, layout, places, other verbs. What
+`source` and `model.path` stand for is compared by content: clips, architecture, shift."""
 
 
 def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
@@ -55,27 +58,36 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
     transformer = transformer_folder(recipe)
     run_dir = RunDir(recipe.run_dir)
     directory = run_dir.training(transformer)
-    steps = directory.complete_checkpoints()
-    if not force:
-        _check_recipe(recipe, run_dir, started=bool(steps))
-    # A run may have been killed between a save and this.
-    state.prune_checkpoints(directory, keep_last=recipe.train.checkpoint.keep_last)
-    result = {"transformer": transformer, "step": recipe.train.steps}
-    if steps and steps[-1] >= recipe.train.steps:
-        logger.info("already trained: %s", directory.checkpoint(steps[-1]))
-        return {**result, "step": steps[-1], "ran": False}
-    stop = StopRequest(run_dir)
+    with _alone(directory):
+        steps = directory.complete_checkpoints()
+        begun = directory.checkpoint(steps[-1]) if steps else None
+        finished = begun is not None and _finished(begun, recipe)
+        store = ShardStore(recipe.shards.path)
+        # A finished run stays finished when its shards are gone.
+        plan = None if finished and store.read_plan() is None else state.complete_plan(store)
+        about = _about(recipe, store, plan) if plan else {}
+        if begun and not force:
+            _check_recipe(recipe, run_dir)
+            _check_same(begun, about)
+        state.prune_checkpoints(directory, keep_last=recipe.train.checkpoint.keep_last)
+        if begun and finished:
+            logger.info("already trained: %s", begun)
+            return {"transformer": transformer, "step": steps[-1], "ran": False}
+        assert plan is not None
+        stop = StopRequest(run_dir)
+        atomic.write_bytes(run_dir.recipe, recipe.dump().encode(), point="recipe")
 
-    from fastvideo.data.loader import complete_plan
-    from fastvideo.train import worker
+        from fastvideo.train import worker
 
-    plan = complete_plan(ShardStore(recipe.shards.path))
-    _check_settings(recipe, plan["settings"])
-    if steps and not force:
-        _check_data(directory.checkpoint(steps[-1]), plan)
-    state.write_bytes(run_dir.recipe, recipe.dump().encode(), point="recipe")
-    worker.train(recipe, transformer=transformer, plan=plan, stop=stop)
-    return {**result, "ran": True}
+        worker.train(recipe, transformer=transformer, plan=plan, about=about, stop=stop)
+        return {"transformer": transformer, "step": recipe.train.steps, "ran": True}
+
+
+def _finished(newest: Path, recipe: Recipe) -> bool:
+    """Whether the last step is done and its held-out loss measured."""
+    marker = state.read_checkpoint_marker(newest)
+    assert marker is not None
+    return bool(marker["step"] >= recipe.train.steps and marker["measured"])
 
 
 def transformer_folder(recipe: Recipe) -> str:
@@ -84,8 +96,39 @@ def transformer_folder(recipe: Recipe) -> str:
     return recipe.architecture.experts[expert] if expert else "transformer"
 
 
-def _check_recipe(recipe: Recipe, run_dir: RunDir, *, started: bool) -> None:
-    if not started or not run_dir.recipe.is_file():
+@contextlib.contextmanager
+def _alone(directory: TrainDir) -> Iterator[None]:
+    """Hold the lock of a training folder; two runs in one would spoil each other's files."""
+    directory.root.mkdir(parents=True, exist_ok=True)
+    with open(directory.lock, "a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{directory.root}: another process trains here; wait for it or stop it, or "
+                "choose another run_dir"
+            ) from None
+        except OSError as error:  # some cluster file systems have no locks
+            logger.warning("%s: cannot be locked (%s)", directory.lock, error.strerror)
+        yield
+
+
+def _about(recipe: Recipe, store: ShardStore, plan: dict[str, Any]) -> dict[str, Any]:
+    """What decides the result beside the recipe; kept in each checkpoint."""
+    _check_settings(recipe, plan["settings"])
+    path = find_model(recipe.model.path)
+    family = find_family(recipe.model.family)
+    family.check(path)
+    folder = transformer_folder(recipe)
+    return {
+        "clips": state.data_fingerprint(store, plan),
+        "transformer": hashing.fingerprint(read_config(path, f"{folder}/config.json")),
+        "shift": recipe.train.timesteps.shift or family.flow_shift(path),
+    }
+
+
+def _check_recipe(recipe: Recipe, run_dir: RunDir) -> None:
+    if not run_dir.recipe.is_file():
         return
     before = dict(_flat(Recipe.load(run_dir.recipe).model_dump(mode="json")))
     after = dict(_flat(recipe.model_dump(mode="json")))
@@ -127,11 +170,18 @@ def _check_settings(recipe: Recipe, settings: dict[str, Any]) -> None:
             )
 
 
-def _check_data(newest: Path, plan: dict[str, Any]) -> None:
-    marker = state.read_checkpoint_marker(newest)
+def _check_same(begun: Path, about: dict[str, Any]) -> None:
+    """The newest checkpoint must come from the same clips, architecture and shift."""
+    marker = state.read_checkpoint_marker(begun)
     assert marker is not None
-    if marker["data"] != state.fingerprint(plan["shards"]):
-        raise UserError(
-            f"{newest}: was trained on other clips than the shards hold now; choose another "
-            "run_dir, or go on with the new clips with --force"
-        )
+    names = {
+        "clips": "the shards hold other clips, or other ones are held out",
+        "transformer": "the base model has another architecture",
+        "shift": "the base model's flow_shift is another",
+    }
+    for key, value in about.items():
+        if marker["about"][key] != value:
+            raise UserError(
+                f"{begun}: was trained when this was different: {names[key]}. Choose another "
+                "run_dir for a new run, or go on from here with --force (and more train.steps)"
+            )

@@ -16,7 +16,7 @@ from fastvideo import checkpoint, state
 from fastvideo.checkpoint import Saved
 from fastvideo.config.train import Train
 from fastvideo.data.loader import Order, read_ahead
-from fastvideo.errors import Stopped, UserError
+from fastvideo.errors import Stopped
 from fastvideo.log import Progress, logger
 from fastvideo.models.flow import loss_per_sample, noised
 from fastvideo.state import TrainDir
@@ -46,51 +46,63 @@ class Job:
     """Goes into the marker of each checkpoint."""
 
 
+@dataclass(frozen=True)
+class Progressed:
+    """How far a run has come."""
+
+    step: int
+    """Finished optimizer steps."""
+    losses: tuple[float, ...]
+    """Of the steps since the last record."""
+    measured: bool
+    """Whether the held-out loss that is due at this step was measured."""
+
+
 @dataclass
 class Window:
     """What is averaged between two records."""
 
     losses: list[float] = field(default_factory=list)
     grad_norm: float = 0.0
+    steps: int = 0
+    """Steps this process did, which the times below are for."""
     wait_s: float = 0.0
     start_s: float = field(default_factory=time.perf_counter)
 
 
-def run(job: Job, *, start_step: int, losses: list[float]) -> None:
-    """Train from ``start_step`` to the last step.
-
-    ``losses`` are those since the last record before ``start_step``.
+def run(job: Job, *, start: Progressed) -> None:
+    """Train from ``start`` to the last step.
 
     Raises:
         Stopped: A stop was asked for; the state is saved.
-        UserError: The loss or the gradient is not finite.
+        RuntimeError: The loss or the gradient is not finite.
     """
     train = job.train
-    places = iter(_places(job, start_step))
+    places = _places(job, start.step)
     ahead = 2 * train.global_batch_size
     drawn = read_ahead(job.draw.training, places, threads=train.loader_workers, ahead=ahead)
-    window = Window(losses=list(losses))
+    window = Window(losses=list(start.losses))
     with (
-        closing(Metrics(job.directory, start_step=start_step)) as metrics,
-        closing(Progress("steps", total=train.steps, done=start_step)) as progress,
+        closing(Metrics(job.directory, start_step=start.step)) as metrics,
+        closing(Progress("steps", total=train.steps, done=start.step)) as progress,
         closing(drawn),
     ):
-        if start_step == 0:
-            _measure_heldout(job, 0, metrics)
-        _check_stop(job, start_step, window, saved=start_step > 0)
-        for step in range(start_step + 1, train.steps + 1):
+        measured = start.measured or _measure_heldout(job, start.step, metrics)
+        if start.step > 0 and measured and not start.measured:
+            checkpoint.amend(job.directory.checkpoint(start.step), measured=True)
+        _check_stop(job, Progressed(start.step, start.losses, measured), saved=True)
+        for step in range(start.step + 1, train.steps + 1):
             _one_step(job, step, drawn, window)
             progress.advance(_describe(job, window))
             if step % train.log_every_steps == 0 or step == train.steps:
                 _record(job, step, metrics, window)
                 window = Window()
-            if _due(job, step):
-                _measure_heldout(job, step, metrics)
+            measured = _measure_heldout(job, step, metrics)
+            now = Progressed(step, tuple(window.losses), measured)
             due = step % train.checkpoint.every_steps == 0 or step == train.steps
             if due:
-                _save(job, step, window)
-            if step < train.steps:
-                _check_stop(job, step, window, saved=due)
+                _save(job, now)
+            _check_stop(job, now, saved=due)
 
 
 def _places(job: Job, start_step: int) -> Iterator[Any]:
@@ -117,8 +129,9 @@ def _one_step(job: Job, step: int, drawn: Iterator[Drawn], window: Window) -> No
     norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
     window.grad_norm = float(norm)
     window.losses.append(float(total))
+    window.steps += 1
     if not math.isfinite(window.grad_norm) or not math.isfinite(window.losses[-1]):
-        raise UserError(
+        raise RuntimeError(
             f"step {step}: loss {window.losses[-1]}, gradient norm {window.grad_norm}: not finite; "
             "the last checkpoint is intact. Lower train.optimizer.lr or use train.dtype=float32"
         )
@@ -142,10 +155,9 @@ def _autocast(job: Job) -> AbstractContextManager[None]:
 
 def _describe(job: Job, window: Window) -> str:
     seconds = time.perf_counter() - window.start_s
-    steps = len(window.losses)
     return (
         f"loss {window.losses[-1]:.4f} grad {window.grad_norm:.3f} "
-        f"{steps * job.train.global_batch_size / max(seconds, 1e-9):.1f} samples/s "
+        f"{window.steps * job.train.global_batch_size / max(seconds, 1e-9):.1f} samples/s "
         f"wait {100 * window.wait_s / max(seconds, 1e-9):.0f} % "
         f"{peak_memory_gib(job.device):.2f} GiB"
     )
@@ -163,56 +175,62 @@ def _record(job: Job, step: int, metrics: Metrics, window: Window) -> None:
             "loss": sum(window.losses) / len(window.losses),
             "grad_norm": window.grad_norm,
             "lr": job.optimizer.param_groups[0]["lr"],
-            "samples_per_s": len(window.losses) * train.global_batch_size / seconds,
+            "samples_per_s": window.steps * train.global_batch_size / seconds,
             "data_wait_share": window.wait_s / seconds,
             "memory_gib": peak_memory_gib(job.device),
         },
     )
 
 
-def _due(job: Job, step: int) -> bool:
-    every = job.train.heldout.every_steps
-    return every is not None and (step % every == 0 or step == job.train.steps)
-
-
 @torch.no_grad()
-def _measure_heldout(job: Job, step: int, metrics: Metrics) -> None:
-    """Mean loss over held-out clips at fixed quantiles of the noise levels, with fixed noise."""
+def _measure_heldout(job: Job, step: int, metrics: Metrics) -> bool:
+    """Mean loss over held-out clips at fixed quantiles of the noise levels, with fixed noise.
+
+    Returns:
+        False if a stop was asked for before it was finished.
+    """
     spec = job.train.heldout
     clips = min(len(job.heldout.samples), spec.max_clips)
-    if spec.every_steps is None or clips == 0:
-        return
+    due = spec.every_steps and (step % spec.every_steps == 0 or step == job.train.steps)
+    if not due or clips == 0:
+        return True
     job.model.eval()
     quantiles = [(i + 0.5) / spec.num_timesteps for i in range(spec.num_timesteps)]
-    by_quantile = [
-        sum(
-            float(_losses(job, collate([job.heldout.heldout(i, quantile=q)], device=job.device)))
-            for i in range(clips)
-        )
-        / clips
-        for q in quantiles
-    ]
+    totals = [0.0] * len(quantiles)
+    for index, (place, quantile) in itertools.product(range(clips), enumerate(quantiles)):
+        if job.stop.reason() is not None:
+            break
+        batch = collate([job.heldout.heldout(index, quantile=quantile)], device=job.device)
+        totals[place] += float(_losses(job, batch))
     job.model.train()
+    if job.stop.reason() is not None:
+        return False
+    by_quantile = [total / clips for total in totals]
     mean = sum(by_quantile) / len(by_quantile)
     metrics.write(step, {"heldout_loss": mean, "heldout_loss_by_quantile": by_quantile})
     logger.info("step %d: held-out loss %.4f over %d clips", step, mean, clips)
+    return True
 
 
-def _save(job: Job, step: int, window: Window) -> None:
-    about = {**job.about, "losses": window.losses}
+def _save(job: Job, now: Progressed) -> None:
+    about = {"about": job.about, "losses": now.losses, "measured": now.measured}
     saved = Saved(job.model, job.optimizer)
-    folder = checkpoint.save(job.directory, saved, step=step, about=about)
+    folder = checkpoint.save(job.directory, saved, step=now.step, about=about)
     state.prune_checkpoints(job.directory, keep_last=job.train.checkpoint.keep_last)
     logger.info("saved %s", folder)
 
 
-def _check_stop(job: Job, step: int, window: Window, *, saved: bool) -> None:
+def _check_stop(job: Job, now: Progressed, *, saved: bool) -> None:
+    """Save and end if a stop was asked for; after the last step there is nothing left to stop."""
     reason = job.stop.reason()
     if reason is None:
         return
-    if not saved:
-        _save(job, step, window)
     job.stop.honour()
+    if now.step == job.train.steps and now.measured:
+        return
+    if not saved and now.step > 0:  # before the first step there is nothing to save
+        _save(job, now)
     raise Stopped(
-        f"stopped by {reason} after step {step} of {job.train.steps}; the same command continues"
+        f"stopped by {reason} after step {now.step} of {job.train.steps}; the same command "
+        "continues"
     )

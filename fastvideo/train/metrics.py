@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from fastvideo import state
+from fastvideo import atomic
 from fastvideo.state import TrainDir
 
 Value = float | int | list[float]
@@ -49,7 +49,7 @@ def _keep_until(directory: TrainDir, step: int) -> None:
             break  # cut by a kill
         if step and record["step"] <= step:
             kept.append(line)
-    state.write_bytes(directory.metrics, "".join(kept).encode(), point="metrics")
+    atomic.write_bytes(directory.metrics, "".join(kept).encode(), point="metrics")
 
 
 def peak_memory_gib(device: str) -> float:

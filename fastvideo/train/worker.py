@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training process: builds model, data and optimizer, resumes, and runs the loop."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvideo import checkpoint, state
+from fastvideo import checkpoint, hashing, state
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.loader import Samples
 from fastvideo.data.shard import read_prompts
@@ -22,13 +23,21 @@ from fastvideo.train.method import build_method, build_optimizer
 from fastvideo.train.stop import StopRequest
 
 
-def train(recipe: Recipe, *, transformer: str, plan: Mapping[str, Any], stop: StopRequest) -> None:
+def train(
+    recipe: Recipe,
+    *,
+    transformer: str,
+    plan: Mapping[str, Any],
+    about: Mapping[str, Any],
+    stop: StopRequest,
+) -> None:
     """Train one transformer of the model from its newest complete checkpoint.
 
     Args:
         recipe: Checked against ``plan``.
         transformer: Folder of the transformer in the model.
         plan: The plan of complete shards.
+        about: ``shift`` of the noise levels, and what else each checkpoint is to say of itself.
         stop: Watched between steps.
 
     Raises:
@@ -36,14 +45,13 @@ def train(recipe: Recipe, *, transformer: str, plan: Mapping[str, Any], stop: St
         UserError: Something about the input, said with the fix.
     """
     if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
     device = pick_device(recipe.train.device)
     path = find_model(recipe.model.path)
     family = find_family(recipe.model.family)
-    if transformer not in family.transformers(path):
-        raise UserError(f"model.path={path}: has no {transformer}/")
     _check_vae(path, settings=plan["settings"], store=ShardStore(recipe.shards.path))
-    draw, heldout = _draws(recipe, family, plan)
+    draw, heldout = _draws(recipe, plan, shift=about["shift"])
     if len(draw.samples) == 0:
         raise UserError(f"{recipe.shards.path}: holds no clips to train on, only held-out ones")
 
@@ -53,7 +61,7 @@ def train(recipe: Recipe, *, transformer: str, plan: Mapping[str, Any], stop: St
     model.to(device).train()
     optimizer = build_optimizer(model, recipe.train.optimizer)
     directory = RunDir(recipe.run_dir).training(transformer)
-    start_step, losses = _resume(directory, checkpoint.Saved(model, optimizer))
+    progress = _resume(directory, checkpoint.Saved(model, optimizer))
     logger.info(
         "%s: %.2f M parameters on %s, %d clips, %d held out, from step %d to %d",
         transformer,
@@ -61,7 +69,7 @@ def train(recipe: Recipe, *, transformer: str, plan: Mapping[str, Any], stop: St
         device,
         len(draw.samples),
         len(heldout.samples),
-        start_step,
+        progress.step,
         recipe.train.steps,
     )
     job = loop.Job(
@@ -74,9 +82,9 @@ def train(recipe: Recipe, *, transformer: str, plan: Mapping[str, Any], stop: St
         heldout=heldout,
         device=device,
         stop=stop,
-        about={"data": state.fingerprint(plan["shards"])},
+        about=dict(about),
     )
-    loop.run(job, start_step=start_step, losses=losses)
+    loop.run(job, start=progress)
 
 
 def _predictor(recipe: Recipe, family: Family) -> loop.Predict:
@@ -94,10 +102,9 @@ def _predictor(recipe: Recipe, family: Family) -> loop.Predict:
     return predict
 
 
-def _draws(recipe: Recipe, family: Family, plan: Mapping[str, Any]) -> tuple[Draw, Draw]:
+def _draws(recipe: Recipe, plan: Mapping[str, Any], *, shift: float) -> tuple[Draw, Draw]:
     store = ShardStore(recipe.shards.path)
     settings = plan["settings"]
-    shift = recipe.train.timesteps.shift or family.flow_shift(find_model(recipe.model.path))
     empty_text = read_prompts(store, settings=settings)[""]
     statistics = LatentStatistics(tuple(settings["latents_mean"]), tuple(settings["latents_std"]))
     training, heldout = (
@@ -117,7 +124,7 @@ def _draws(recipe: Recipe, family: Family, plan: Mapping[str, Any]) -> tuple[Dra
 
 def _check_vae(path: Path, *, settings: Mapping[str, Any], store: ShardStore) -> None:
     """Where the model's VAE is at hand, it must be the one the shards were encoded with."""
-    hashes = state.HashCache(store.hashes)
+    hashes = hashing.HashCache(store.hashes)
     for name, sha256 in settings["encoders"]["vae"].items():
         if (path / name).is_file() and hashes.sha256(path / name) != sha256:
             raise UserError(
@@ -126,14 +133,14 @@ def _check_vae(path: Path, *, settings: Mapping[str, Any], store: ShardStore) ->
             )
 
 
-def _resume(directory: state.TrainDir, saved: checkpoint.Saved) -> tuple[int, list[float]]:
-    """Load the newest complete checkpoint; its step and the losses not recorded yet."""
+def _resume(directory: state.TrainDir, saved: checkpoint.Saved) -> loop.Progressed:
+    """Load the newest complete checkpoint and say how far the run has come."""
     steps = directory.complete_checkpoints()
     if not steps:
-        return 0, []
+        return loop.Progressed(step=0, losses=(), measured=False)
     folder = directory.checkpoint(steps[-1])
     marker = state.read_checkpoint_marker(folder)
     assert marker is not None
     checkpoint.load(folder, saved)
     logger.info("continuing from %s", folder)
-    return steps[-1], list(marker["losses"])
+    return loop.Progressed(steps[-1], tuple(marker["losses"]), marker["measured"])

@@ -148,7 +148,7 @@ def test_shards_can_be_filled_one_by_one_after_the_manifest(world: World) -> Non
     assert status.summary(world.load())["shards"] == {"total": 2, "done": 0, "missing": [0, 1]}
     assert fill(world, shards=[1]) == [1]
     assert status.summary(world.load())["clips"]["pending"] == 3
-    with pytest.raises(UserError, match=r"--shards 9: the manifest has the shards 0, 1"):
+    with pytest.raises(UserError, match=r"--shards 9: the manifest has the shards 0-1"):
         fill(world, shards=[9])
     with pytest.raises(UserError, match="other settings"):
         fill(world, "clip.height=48", shards=[0])

@@ -11,7 +11,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "diffusers", "transformers", "peft", "pyarrow", "av", "numpy"}
 # Below fastvideo/, from docs/design.md; the linter refuses names that do not exist yet.
-TORCH_FREE = ("config", "state", "cost", "launch", "pipeline", "status", "plan", "log", "errors")
+TORCH_FREE = (
+    "config",
+    "state",
+    "cost",
+    "launch",
+    "pipeline",
+    "status",
+    "plan",
+    "log",
+    "errors",
+    "hashing",
+    "atomic",
+)
 LICENCE = "# SPDX-License-Identifier: Apache-2.0\n"
 CATCH_ALL = re.compile(r"(utils?|common|helpers?|misc|base_\w*|\w*_v\d+|\w*_new)")
 PRIVATE_PATH = re.compile(rb"(?<![\w.])/(home|work|root|Users)/\w")

@@ -20,7 +20,8 @@ from fastvideo.config.recipe import Recipe
 from fastvideo.data import examine, manifest
 from fastvideo.data.manifest import ClipRow, plan_manifest, read_rows
 from fastvideo.errors import UserError
-from fastvideo.state import ShardStore, fingerprint, ledger
+from fastvideo.hashing import fingerprint
+from fastvideo.state import ShardStore, ledger
 from tests.media import Encoding, write_numbered
 from tests.tiny_world import in_fork, passes
 
