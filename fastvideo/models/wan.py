@@ -49,8 +49,13 @@ class Wan21:
     def latent_statistics(self, path: Path) -> LatentStatistics:
         """Per-channel mean and standard deviation, 16 channels in Wan2.1."""
         config = read_config(path, "vae/config.json")
-        with loading(path, "vae"):
-            return LatentStatistics(tuple(config["latents_mean"]), tuple(config["latents_std"]))
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std)):
+            raise UserError(
+                f"model.path={path}: vae/config.json has no latents_mean and latents_std of one "
+                "length; give the folder of a Wan2.1 model"
+            )
+        return LatentStatistics(tuple(mean), tuple(std))
 
     def flow_shift(self, path: Path) -> float:
         """3 for 480p and 5 for 720p in the published checkpoints."""

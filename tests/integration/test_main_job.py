@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from fastvideo.generate import generate
 from fastvideo.state import RunDir
-from tests.tiny_world import World, fastvideo, make_world, start_command, wait_for
+from tests.tiny_world import World, fastvideo, in_fork, make_world, start_command, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +204,72 @@ def test_an_unexpected_error_is_1_and_shows_where(world: World, tmp_path: Path) 
     (broken / "clips.jsonl").write_bytes(b"x" * (broken / "clips.jsonl").stat().st_size)
     done = fastvideo("status", world, f"shards.path={broken}")
     assert done.code == 1 and "Traceback" in done.err
+
+
+def test_a_run_trained_anew_is_exported_and_sampled_anew(world: World, tmp_path: Path) -> None:
+    """The marker of a checkpoint stands for its weights, not for its shape."""
+    where = f"run_dir={tmp_path / 'run'}"
+    for verb in ("train", "export", "generate"):
+        assert fastvideo(verb, world, where).code == 0
+    first = weights(tmp_path / "run/export")
+    shutil.rmtree(tmp_path / "run/train")
+    assert fastvideo("train", world, where, "train.seed=5").code == 0
+    done = fastvideo("export", world, where, "--json")
+    assert json.loads(done.out)["ran"] is True
+    assert weights(tmp_path / "run/export") != first
+    assert json.loads(fastvideo("generate", world, where, "--json").out)["made"] == 2
+
+
+def weights(export: Path) -> bytes:
+    return (export / "transformer/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_another_base_model_at_the_same_path_is_noticed(world: World, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world.load().model.path, model)
+    where = (f"model.path={model}", f"run_dir={tmp_path / 'run'}")
+    for verb in ("train", "export"):
+        assert fastvideo(verb, world, *where).code == 0
+    base = (*where, "generate.weights=base")
+    assert json.loads(fastvideo("generate", world, *base, "--json").out)["made"] == 2
+    assert json.loads(fastvideo("generate", world, *base, "--json").out)["made"] == 0
+    scheduler = model / "scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "flow_shift": 7.0}))
+    assert json.loads(fastvideo("generate", world, *base, "--json").out)["made"] == 2
+    assert json.loads(fastvideo("export", world, *where, "--json").out)["ran"] is True
+    refused = fastvideo("train", world, *where, "train.steps=8")
+    assert refused.code == 2 and "flow_shift" in refused.err
+
+
+def test_editing_an_export_leaves_the_base_model_alone(world: World, tiny_model: Path) -> None:
+    export = RunDir(world.run_dir).export
+    for path in export.rglob("*.json"):
+        base = tiny_model / path.relative_to(export)
+        assert not base.exists() or not path.samefile(base), path
+    weight = "vae/diffusion_pytorch_model.safetensors"
+    assert (export / weight).samefile(tiny_model / weight), "weights take no second place"
+
+
+def test_a_killed_video_does_not_pass_for_the_one_before(world: World, tmp_path: Path) -> None:
+    where = (f"run_dir={tmp_path}", "generate.weights=base")
+    assert fastvideo("generate", world, *where).code == 0
+    wanted = (tmp_path / "generate/base/0000.mp4").read_bytes()
+    recipe = world.load(*where, "generate.seed=7")
+    assert in_fork(lambda: generate(recipe), fault="generate.video.done") == -9
+    assert (tmp_path / "generate/base/0000.mp4").read_bytes() != wanted
+    assert fastvideo("generate", world, *where).code == 0
+    assert (tmp_path / "generate/base/0000.mp4").read_bytes() == wanted
+
+
+@pytest.mark.parametrize("verb", ["preprocess", "run"])
+def test_a_request_to_stop_ends_other_verbs_with_75_too(
+    world: World, tmp_path: Path, verb: str
+) -> None:
+    shards = tmp_path / "shards"
+    overrides = (f"shards.path={shards}", f"run_dir={tmp_path / 'run'}")
+    child = start_command(verb, world, *overrides)
+    while not (shards / "manifest.json").exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    assert wait_for(child) == 75, (world.root / "stderr.txt").read_text()
+    assert fastvideo("preprocess", world, *overrides).code == 0

@@ -13,13 +13,16 @@ import torch
 from diffusers import WanPipeline
 
 from fastvideo import log, status
+from fastvideo.config.recipe import Recipe
+from fastvideo.data import encode
 from fastvideo.data.loader import Samples
 from fastvideo.data.shard import read_prompts
 from fastvideo.errors import UserError
+from fastvideo.models.family import Encoders
 from fastvideo.models.wan import pad_text
 from fastvideo.preprocess import preprocess
 from fastvideo.state import ShardStore
-from tests.tiny_world import World, digests, make_world, write_clip
+from tests.tiny_world import World, digests, in_fork, make_world, write_clip
 
 
 @pytest.fixture
@@ -218,3 +221,33 @@ def test_latents_are_the_raw_mode_of_the_vae(world: World, tiny_model: Path) -> 
             expected = vae.encode(pixels).latent_dist.mode()[0]
         assert samples[i].vae_latent.shape == (16, 3, 4, 6)
         torch.testing.assert_close(samples[i].vae_latent, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_manifest_planned_anew_while_encoders_load_loses_no_clip(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(world, manifest_only=True)
+    load_encoders = encode.load_encoders
+
+    def meanwhile(recipe: Recipe) -> Encoders:
+        """Another process plans while this one loads."""
+        world.write_items(world.items[1:])
+        assert in_fork(lambda: fill(world, manifest_only=True)) == 0
+        return load_encoders(recipe)
+
+    monkeypatch.setattr(encode, "load_encoders", meanwhile)
+    with pytest.raises(UserError, match="planned anew"):
+        fill(world, shards=[0, 1])
+    monkeypatch.undo()
+    fill(world)
+    samples = Samples(ShardStore(world.shards), split="train")
+    assert sorted(samples[i].id for i in range(len(samples))) == [f"{i}.mp4" for i in range(1, 5)]
+
+
+def test_a_killed_shard_does_not_pass_for_the_one_before(world: World) -> None:
+    fill(world)
+    expected = digests(world.shards, "shard-*")
+    other = world.load("shards.dtype=float32")
+    assert in_fork(lambda: preprocess(other), fault="shard.parquet.done") == -9
+    assert 0 in fill(world)
+    assert digests(world.shards, "shard-*") == expected
