@@ -221,14 +221,17 @@ def _save(job: Job, now: Progressed) -> None:
 
 
 def _check_stop(job: Job, now: Progressed, *, saved: bool) -> None:
-    """Save and end if a stop was asked for; after the last step there is nothing left to stop."""
+    """Save, unless ``saved``, and end if a stop was asked for.
+
+    After the last step there is nothing left to stop, before the first one nothing to save.
+    """
     reason = job.stop.reason()
     if reason is None:
         return
     job.stop.honour()
     if now.step == job.train.steps and now.measured:
         return
-    if not saved and now.step > 0:  # before the first step there is nothing to save
+    if not saved:
         _save(job, now)
     raise Stopped(
         f"stopped by {reason} after step {now.step} of {job.train.steps}; the same command "
