@@ -38,7 +38,7 @@ class Schedule(Spec):
     kind: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after the warm-up."""
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear growth from 0 to the peak."""
+    """Steps of linear growth from 0 to the peak; a run with fewer steps never reaches it."""
     min_lr_ratio: Share = 0.0
     """Where `linear` and `cosine` end, as a share of the peak."""
 
@@ -130,10 +130,5 @@ class Train(Spec):
             raise ValueError(
                 f"micro_batch_size={micro} does not divide global_batch_size="
                 f"{self.global_batch_size}; use one of {', '.join(map(str, fits))}"
-            )
-        if self.schedule.warmup_steps > self.steps:
-            raise ValueError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} is more than steps="
-                f"{self.steps}; lower it"
             )
         return self

@@ -74,6 +74,8 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
             logger.info("already trained: %s", begun)
             return {"transformer": transformer, "step": steps[-1], "ran": False}
         assert plan is not None
+        if recipe.train.schedule.warmup_steps >= recipe.train.steps:
+            logger.warning("train.schedule.warmup_steps reaches past train.steps: no peak")
         stop = StopRequest(run_dir)
         atomic.write_bytes(run_dir.recipe, recipe.dump().encode(), point="recipe")
 
