@@ -1,162 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training sample is made of, and on what its randomness depends."""
+"""The randomness of a sample, and what the loss is taken of."""
 
-import dataclasses
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastvideo.config.train import Timesteps
-from fastvideo.data.loader import Order, Place, Samples, read_ahead
+from fastvideo.data.loader import Place, Sample
 from fastvideo.models.family import LatentStatistics
-from fastvideo.state import ShardStore
+from fastvideo.models.flow import sigma_at
 from fastvideo.train.draw import Draw, Drawn, collate
 
-MEAN, STD = (5.0, 4.0, 6.0, 5.5), (3.0, 2.0, 4.0, 0.5)
-EMPTY = torch.arange(16.0).reshape(2, 8)
-EPOCHS = 400
+EMPTY = torch.full((1, 8), 7.0)
+STATISTICS = LatentStatistics(mean=(0.5, -1.0, 2.0, 0.0), std=(2.0, 0.5, 4.0, 1.0))
 
 
-@pytest.fixture(scope="module")
-def draw(store: ShardStore) -> Draw:
-    return Draw(
-        samples=Samples(store, split="train"),
-        statistics=LatentStatistics(MEAN, STD),
+class Stored:
+    """Clips in memory, as ``Samples`` gives them: sample i has ``i + 1`` captions."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Sample:
+        generator = torch.Generator().manual_seed(index)
+        latent = torch.randn(4, 3, 2, 2, generator=generator).half()
+        texts = tuple(torch.full((2 + i, 8), 10.0 * index + i).bfloat16() for i in range(index + 1))
+        return Sample(f"{index}.mp4", latent, texts)
+
+
+def draw(**changes: object) -> Draw:
+    base = Draw(
+        samples=Stored(),  # type: ignore[arg-type]
+        statistics=STATISTICS,
         timesteps=Timesteps(),
-        shift=1.0,
-        seed=0,
+        shift=3.0,
+        seed=5,
         text_dropout=0.0,
         empty_text=EMPTY,
     )
+    return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def same(a: Drawn, b: Drawn) -> bool:
-    pairs = zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
+def equal(a: Drawn, b: Drawn) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
 
 
-def caption_of(drawn: Drawn, captions: tuple[Tensor, ...]) -> int:
-    """Which caption was drawn, -1 for the empty prompt."""
-    texts = (EMPTY, *captions)
-    (found,) = [number for number, text in enumerate(texts) if torch.equal(drawn.text, text)]
-    return found - 1
+def drawn_many(given: Draw, index: int, *, epochs: int = 600) -> list[Drawn]:
+    return [given.training(Place(epoch, index)) for epoch in range(epochs)]
 
 
-def test_latents_are_normalised_channel_by_channel(draw: Draw) -> None:
-    for index in range(len(draw.samples)):
-        raw = draw.samples[index].vae_latent
-        expected = torch.stack(
-            [(raw[c] - mean) / std for c, (mean, std) in enumerate(zip(MEAN, STD, strict=True))]
-        )
-        for drawn in (draw.training(Place(0, index)), draw.heldout(index, quantile=0.5)):
-            torch.testing.assert_close(drawn.latent, expected)
+def test_a_draw_is_a_function_of_seed_epoch_and_index() -> None:
+    first = draw().training(Place(1, 2))
+    draw().training(Place(0, 0))
+    assert equal(draw().training(Place(1, 2)), first)
+    for other in (
+        draw().training(Place(2, 2)),
+        draw().training(Place(1, 1)),
+        draw(seed=6).training(Place(1, 2)),
+    ):
+        assert not torch.equal(other.noise, first.noise)
+        assert other.sigma != first.sigma
 
 
-def test_dropped_text_is_the_embedding_of_the_empty_prompt(draw: Draw) -> None:
-    always = dataclasses.replace(draw, text_dropout=1.0)
-    for place in (Place(epoch, index) for epoch in range(3) for index in range(5)):
-        assert torch.equal(always.training(place).text, EMPTY)
+def test_latents_are_normalised_with_the_vaes_statistics() -> None:
+    raw = Stored()[1].vae_latent.float()
+    column = [torch.tensor(v).view(4, 1, 1, 1) for v in (STATISTICS.mean, STATISTICS.std)]
+    expected = (raw - column[0]) / column[1]
+    torch.testing.assert_close(draw().training(Place(0, 1)).latent, expected)
+    torch.testing.assert_close(draw().heldout(1, quantile=0.5).latent, expected)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3])
-def test_text_is_dropped_in_the_asked_share_of_samples(draw: Draw, share: float) -> None:
-    some = dataclasses.replace(draw, text_dropout=share)
-    captions = draw.samples[1].texts
-    drawn = [caption_of(some.training(Place(epoch, 1)), captions) for epoch in range(EPOCHS)]
-    assert drawn.count(-1) / EPOCHS == pytest.approx(share, abs=0.08 if share else 0)
+def test_noise_is_unit_normal_and_everything_is_float32() -> None:
+    found = drawn_many(draw(), 0, epochs=400)
+    noise = torch.stack([d.noise for d in found])
+    assert abs(noise.mean().item()) < 0.02
+    assert abs(noise.std().item() - 1) < 0.02
+    for tensor in vars(found[0]).values():
+        assert isinstance(tensor, Tensor) and tensor.dtype == torch.float32
 
 
-def test_every_caption_of_a_clip_is_drawn_equally_often(draw: Draw) -> None:
-    captions = draw.samples[0].texts
-    assert len(captions) == 3
-    drawn = (caption_of(draw.training(Place(epoch, 0)), captions) for epoch in range(EPOCHS))
-    counts = Counter(drawn)
-    assert counts.keys() == {0, 1, 2}
-    assert all(count / EPOCHS == pytest.approx(1 / 3, abs=0.08) for count in counts.values())
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
+def test_sigma_follows_the_density_after_the_shift(shift: float) -> None:
+    timesteps = Timesteps(density="logit_normal")
+    found = torch.stack(
+        [d.sigma for d in drawn_many(draw(timesteps=timesteps, shift=shift), 0, epochs=2000)]
+    )
+    quantiles = torch.tensor([0.1, 0.5, 0.9])
+    expected = sigma_at(quantiles, timesteps, shift=shift)
+    torch.testing.assert_close(found.quantile(quantiles), expected, atol=0.04, rtol=0)
 
 
-def test_the_heldout_loss_takes_the_first_caption_and_drops_none(draw: Draw) -> None:
-    always = dataclasses.replace(draw, text_dropout=1.0)
-    for index in range(len(draw.samples)):
-        first = draw.samples[index].texts[0]
-        for quantile in (0.1, 0.5, 0.9):
-            assert torch.equal(always.heldout(index, quantile=quantile).text, first)
+def test_every_caption_of_a_clip_has_its_turn() -> None:
+    values = Counter(float(d.text[0, 0]) for d in drawn_many(draw(), 2))
+    assert set(values) == {20.0, 21.0, 22.0}
+    assert min(values.values()) > 150
 
 
-def test_noise_levels_are_spread_evenly_before_the_shift(draw: Draw) -> None:
-    sigmas = torch.stack([draw.training(Place(epoch, 2)).sigma for epoch in range(EPOCHS)])
-    shares = torch.histc(sigmas, bins=4, min=0, max=1) / EPOCHS
-    torch.testing.assert_close(shares, torch.full((4,), 0.25), atol=0.08, rtol=0)
+def test_dropout_takes_the_embedding_of_the_empty_prompt() -> None:
+    given = draw(text_dropout=0.25)
+    found = drawn_many(given, 2)
+    dropped = [d for d in found if torch.equal(d.text, EMPTY)]
+    assert 0.18 < len(dropped) / len(found) < 0.32
+    assert all(float(d.text[0, 0]) >= 20 for d in found if not torch.equal(d.text, EMPTY))
+    assert all(torch.equal(d.text, EMPTY) for d in drawn_many(draw(text_dropout=1.0), 1, epochs=9))
 
 
-def test_the_shift_moves_the_same_noise_levels_up(draw: Draw) -> None:
-    shifted = dataclasses.replace(draw, shift=3.0)
-    for epoch in range(10):
-        u = draw.training(Place(epoch, 0)).sigma
-        sigma = shifted.training(Place(epoch, 0)).sigma
-        torch.testing.assert_close(sigma, 3 * u / (1 + 2 * u))
+def test_dropout_changes_neither_noise_nor_sigma() -> None:
+    with_text, without = draw().training(Place(3, 1)), draw(text_dropout=1.0).training(Place(3, 1))
+    assert torch.equal(with_text.noise, without.noise)
+    assert with_text.sigma == without.sigma
+
+
+def test_held_out_draws_are_fixed_quantiles_noise_and_the_first_caption() -> None:
+    given = draw(text_dropout=1.0)
     for quantile in (0.1, 0.5, 0.9):
-        sigma = shifted.heldout(0, quantile=quantile).sigma
-        assert float(sigma) == pytest.approx(3 * quantile / (1 + 2 * quantile))
+        found = given.heldout(2, quantile=quantile)
+        assert equal(found, given.heldout(2, quantile=quantile))
+        assert float(found.text[0, 0]) == 20.0
+        expected = sigma_at(torch.tensor(quantile, dtype=torch.float64), Timesteps(), shift=3.0)
+        assert found.sigma == expected
+    first, second = (given.heldout(2, quantile=q) for q in (0.1, 0.5))
+    assert not torch.equal(first.noise, second.noise)
 
 
-def test_noise_is_unit_normal_and_not_that_of_another_sample(draw: Draw) -> None:
-    places = [Place(epoch, index) for epoch in range(10) for index in range(5)]
-    noise = torch.stack([draw.training(place).noise.flatten() for place in places])
-    assert noise.mean().item() == pytest.approx(0, abs=0.05)
-    assert noise.std().item() == pytest.approx(1, abs=0.05)
-    correlation = noise @ noise.T / noise.shape[1] - torch.eye(len(places))
-    assert correlation.abs().max() < 0.6
-
-
-def test_a_sample_is_a_function_of_seed_epoch_and_index(draw: Draw) -> None:
-    place = Place(3, 1)
-    expected = draw.training(place)
-    assert same(draw.training(place), expected)
-    other_seed = dataclasses.replace(draw, seed=1).training(place)
-    for other in (draw.training(Place(4, 1)), draw.training(Place(3, 2)), other_seed):
-        assert other.sigma != expected.sigma
-        assert not torch.equal(other.noise, expected.noise)
-
-
-def test_noise_and_noise_level_do_not_depend_on_the_choice_of_text(draw: Draw) -> None:
-    dropping = dataclasses.replace(draw, text_dropout=1.0)
-    for index in range(len(draw.samples)):
-        one, other = (d.training(Place(0, index)) for d in (draw, dropping))
-        assert torch.equal(one.noise, other.noise) and torch.equal(one.sigma, other.sigma)
-
-
-def test_heldout_noise_is_fixed_for_each_clip_and_quantile(draw: Draw) -> None:
-    assert same(draw.heldout(0, quantile=0.3), draw.heldout(0, quantile=0.3))
-    noise = [draw.heldout(i, quantile=q).noise for i in (0, 1) for q in (0.3, 0.7)]
-    assert len({tuple(tensor.flatten().tolist()) for tensor in noise}) == 4
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_samples_do_not_depend_on_threads_that_read_ahead(draw: Draw, threads: int) -> None:
-    order = Order(len(draw.samples), seed=0)
-    places = [order[position] for position in range(20)]
-    alone = [draw.training(place) for place in places]
-    ahead = read_ahead(draw.training, places, threads=threads, ahead=8)
-    assert all(same(one, other) for one, other in zip(alone, ahead, strict=True))
-
-
-def test_drawing_leaves_the_global_generator_alone(draw: Draw) -> None:
-    before = torch.get_rng_state()
-    draw.training(Place(0, 0))
-    draw.heldout(0, quantile=0.5)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_batch_holds_its_samples_in_order_whatever_else_is_in_it(draw: Draw) -> None:
-    drawn = [draw.training(Place(0, index)) for index in (2, 0, 1)]
+def test_a_batch_holds_its_samples_in_order() -> None:
+    drawn = [draw().training(Place(0, index)) for index in (2, 0)]
     batch = collate(drawn, device="cpu")
-    for number, sample in enumerate(drawn):
-        assert torch.equal(batch.latents[number], sample.latent)
-        assert torch.equal(batch.noise[number], sample.noise)
-        assert torch.equal(batch.sigma[number], sample.sigma)
-        assert torch.equal(batch.texts[number], sample.text)
-    assert {t.dtype for t in (batch.latents, batch.noise, batch.sigma)} == {torch.float32}
-    assert len({len(text) for text in batch.texts}) > 1, "texts are not padded here"
+    for place, sample in enumerate(drawn):
+        assert torch.equal(batch.latents[place], sample.latent)
+        assert torch.equal(batch.noise[place], sample.noise)
+        assert batch.sigma[place] == sample.sigma
+        assert torch.equal(batch.texts[place], sample.text)
