@@ -17,9 +17,9 @@ class Prompt(Spec):
     caption: str
     """The prompt."""
     image_path: str | None = None
-    """First image, for image-to-video."""
+    """First image, for image-to-video; relative to the JSON file."""
     video_path: str | None = None
-    """Video whose first frame is the first image."""
+    """Video whose first frame is the first image, where there is no `image_path`."""
     num_inference_steps: PositiveInt | None = None
     """Denoising steps."""
     height: PositiveInt | None = None
@@ -29,9 +29,17 @@ class Prompt(Spec):
     num_frames: PositiveInt | None = None
     """Pixel frames."""
 
+    @property
+    def first_image(self) -> Path | None:
+        """The file that gives the first image, as it was found when the prompts were loaded."""
+        name = self.image_path or self.video_path
+        return Path(name) if name else None
+
 
 def load_prompts(path: Path) -> tuple[Prompt, ...]:
     """Read ``{"data": [{"caption": ...}, ...]}`` or ``["a prompt", ...]``.
+
+    ``image_path`` and ``video_path`` come back as paths that exist.
 
     Raises:
         UserError: The file, the entry and what is wrong with it.
@@ -51,12 +59,30 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
     entries = tree.get("data") if isinstance(tree, dict) else tree
     if not isinstance(entries, list) or not entries:
         raise UserError(f'{path}: write {{"data": [{{"caption": "..."}}]}} or a list of prompts')
-    return tuple(_prompt(entry, origin=f"{path}: data[{i}]") for i, entry in enumerate(entries))
+    return tuple(
+        _prompt(entry, folder=path.parent, origin=f"{path}: data[{i}]")
+        for i, entry in enumerate(entries)
+    )
 
 
-def _prompt(entry: Any, *, origin: str) -> Prompt:
+def _prompt(entry: Any, *, folder: Path, origin: str) -> Prompt:
     if isinstance(entry, str):
         entry = {"caption": entry}
     if not isinstance(entry, dict):
         raise UserError(f"{origin}: is {entry!r}; write a prompt or a table with a caption")
-    return Prompt.parse(entry, origin=origin)
+    prompt = Prompt.parse(entry, origin=origin)
+    paths = {
+        key: _found(value, folder=folder, origin=f"{origin}.{key}")
+        for key in ("image_path", "video_path")
+        if (value := getattr(prompt, key))
+    }
+    return prompt.model_copy(update=paths)
+
+
+def _found(name: str, *, folder: Path, origin: str) -> str:
+    if "://" in name:
+        raise UserError(f"{origin}: {name} is an address; fetch the file and write its path")
+    path = folder / Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"{origin}: {path} is not there; paths are relative to the JSON file")
+    return str(path)

@@ -41,8 +41,10 @@ File = Annotated[Path, BeforeValidator(_path)]
 class Model(Spec):
     """The pretrained diffusers model to start from."""
 
-    family: Literal["wan2.1"]
+    family: Literal["wan2.1", "wan2.2-a14b", "wan2.2-ti2v-5b", "hunyuan-video"]
     """Architecture."""
+    task: Literal["t2v", "i2v"] = "t2v"
+    """Text-to-video, or image-to-video: the first frame is given."""
     path: Text
     """Folder in diffusers format, or the id of a model on the Hugging Face Hub."""
 
@@ -103,6 +105,28 @@ class MergedSource(Spec):
     """Which clips are used."""
 
 
+class ParquetSource(Spec):
+    """Parquet files that upstream FastVideo's preprocessing wrote: nothing is encoded again."""
+
+    kind: Literal["parquet"] = "parquet"
+    """Form of the data set."""
+    path: File
+    """The folder; `training_dataset/` or `combined_parquet_dataset/` in it is found."""
+    latents: Literal["raw", "normalised"] = "raw"
+    """What `vae_latent` holds: the VAE's output as upstream writes it, or already normalised."""
+    max_failed: Share = 0.1
+    """Share of rows that may be unusable before preprocessing counts as failed."""
+    heldout: Share = 0.0
+    """Share of clips kept out of training, by a seeded hash of the id."""
+    heldout_seed: NonNegativeInt = 0
+    """Seed of that hash."""
+    allow_duplicates: bool = False
+    """Keep rows with the same content as an earlier one."""
+
+
+Source = Annotated[MergedSource | ParquetSource, Field(discriminator="kind")]
+
+
 class Shards(Spec):
     """The Parquet files between preprocessing and training."""
 
@@ -137,6 +161,8 @@ class Validation(Spec):
 class Export(Spec):
     """The folder that diffusers loads."""
 
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the trained weights; what diffusers keeps in float32 stays so, training had float32."""
     max_shard_gib: PositiveFloat = 5.0
     """Largest safetensors file; larger weights are split, with an index."""
     components: Literal["link", "copy"] = "link"
@@ -148,20 +174,28 @@ class Generate(Spec):
 
     prompts: File | None = None
     """JSON: upstream's `{"data": [{"caption": ...}]}` or a list of prompts."""
-    weights: Literal["export", "base"] = "export"
-    """Sample the exported model, or the base model before finetuning."""
+    weights: Literal["export", "checkpoint", "base"] = "export"
+    """Sample the exported model, the newest checkpoint without an export, or the base model."""
     seed: NonNegativeInt = 0
     """Of the first prompt; prompt i takes seed + i."""
     num_inference_steps: PositiveInt = 50
     """For prompts that do not say their own."""
     guidance_scale: float = Field(default=5.0, ge=1)
-    """Classifier-free guidance; 1 switches it off."""
+    """Classifier-free guidance, 1 switches it off; HunyuanVideo takes it as an input instead."""
+    guidance_scale_2: float | None = Field(default=None, ge=1)
+    """The same for the low-noise expert of Wan2.2 A14B; empty takes `guidance_scale`."""
     negative_prompt: str = ""
-    """What guidance leads away from."""
+    """What classifier-free guidance leads away from."""
+    flow_shift: PositiveFloat | None = None
+    """Shift of the sampler's noise levels; empty takes the model's own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to sample; auto takes the GPU if there is one."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the transformer and the text encoder; the VAE stays float32."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """What waits in host memory while it is not needed: nothing, whole models, or each layer."""
+    vae_tiling: bool = False
+    """Decode in overlapping tiles: less memory, faint seams are possible."""
 
 
 class Recipe(Spec):
@@ -171,7 +205,7 @@ class Recipe(Spec):
     """Where to start from."""
     clip: Clip = Clip()
     """Shape of a clip."""
-    source: MergedSource
+    source: Source
     """The raw videos."""
     shards: Shards
     """What preprocessing writes."""
@@ -193,6 +227,12 @@ class Recipe(Spec):
         """The facts of ``model.family``."""
         return architecture(self.model.family)
 
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """Folders of the transformers that are trained, in this order."""
+        experts, chosen = self.architecture.experts, self.train.expert
+        return (experts[chosen],) if chosen else self.architecture.transformers
+
     @model_validator(mode="after")
     def _clip_fits_the_model(self) -> Self:
         clip = self.clip
@@ -204,11 +244,40 @@ class Recipe(Spec):
         return self
 
     @model_validator(mode="after")
-    def _expert_exists(self) -> Self:
-        experts = self.architecture.experts
-        chosen = self.train.expert
-        if chosen is not None and chosen not in experts:
+    def _model_has_the_task(self) -> Self:
+        tasks = self.architecture.tasks
+        if self.model.task not in tasks:
             raise ValueError(
-                f"train.expert={chosen}: {self.model.family} has one transformer; remove the key"
+                f"model.task={self.model.task}: {self.model.family} does {' and '.join(tasks)} "
+                "only; choose another family or task"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_exist(self) -> Self:
+        experts = self.architecture.experts
+        chosen = {
+            "train.expert": self.train.expert,
+            "generate.guidance_scale_2": self.generate.guidance_scale_2,
+        }
+        for key, value in chosen.items():
+            if value is not None and not experts:
+                raise ValueError(
+                    f"{key}={value}: {self.model.family} has one transformer; remove the key"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _guidance_is_of_the_models_kind(self) -> Self:
+        embedded = self.architecture.embedded_guidance
+        if self.train.guidance is not None and not embedded:
+            raise ValueError(
+                f"train.guidance={self.train.guidance:g}: {self.model.family} takes no guidance as "
+                "an input; remove the key"
+            )
+        if self.generate.negative_prompt and embedded:
+            raise ValueError(
+                f"generate.negative_prompt: {self.model.family} is distilled for guidance and "
+                "takes no negative prompt; remove the key"
             )
         return self

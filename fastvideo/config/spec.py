@@ -157,12 +157,24 @@ def _explain(root: type[BaseModel], item: Any, tree: Any) -> str:
     if item["type"] == "value_error":
         # Our own validators: their text already names values and the fix.
         return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
+    if item["type"].startswith("union_tag"):
+        return _explain_kind(key, item)
     reason = item["msg"][0].lower() + item["msg"][1:]
     close = difflib.get_close_matches(
         str(item["input"]), re.findall(r"'([^']+)'", item["msg"]), n=1, cutoff=0.6
     )
     hint = f"; did you mean {close[0]}?" if close and "literal" in item["type"] else ""
     return f"{key}: {_short(item['input'])} is wrong: {reason}{hint}"
+
+
+def _explain_kind(key: str, item: Any) -> str:
+    """A table that says what it is by ``kind``, and does not, or says what is not known."""
+    if item["type"] == "union_tag_not_found":
+        return f"{key}.kind: is missing; add it"
+    known = item["ctx"]["expected_tags"]
+    close = difflib.get_close_matches(item["ctx"]["tag"], re.findall(r"'([^']+)'", known), n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{key}.kind: {item['ctx']['tag']!r} is wrong: write one of {known}{hint}"
 
 
 def _short(value: Any) -> str:

@@ -56,6 +56,9 @@ class Timesteps(Spec):
     """Weight of the middle timesteps under `mode`."""
     shift: PositiveFloat | None = None
     """sigma = shift*u / (1 + (shift-1)*u); empty takes the model's own `flow_shift`."""
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    """Weight of a sample's loss by its sigma: 1, sigma**-2, or 2 / (pi (1 - 2 sigma + 2 sigma**2))
+    (Esser et al., 2024, section 3.1). Held-out losses are never weighted."""
 
 
 class Checkpoints(Spec):
@@ -90,7 +93,8 @@ class Train(Spec):
     micro_batch_size: PositiveInt | None = None
     """Samples per forward and backward; divides the batch of a process; empty takes all of it."""
     expert: Literal["high", "low"] | None = None
-    """The expert of Wan2.2 A14B to train; empty for models with one transformer."""
+    """The expert of Wan2.2 A14B to train; empty trains both, `high` first. Other models have one
+    transformer and leave it empty."""
     method: Full = Full()
     """What trains and what is saved."""
     optimizer: AdamW = AdamW()
@@ -103,6 +107,8 @@ class Train(Spec):
     """Density of the noise levels."""
     text_dropout: Share = 0.1
     """Share of samples trained with the embedding of the empty prompt, for guidance."""
+    guidance: PositiveFloat | None = None
+    """Guidance scale that HunyuanVideo is told it has while it trains; empty is 1."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the computation; weights, gradients and optimizer state stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
