@@ -1,54 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models of the real architectures: a trained VAE, all else random; for CPU, in seconds."""
+"""Tiny models of the real architectures, random but for Wan2.1's trained VAE; CPU, seconds.
 
-import itertools
-import string
+Axes: B clip, C channel, F pixel frame, H pixel row, W pixel column.
+"""
+
+from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers import models as token_models
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from fastvideo import atomic
 from fastvideo.models.family import quiet_libraries
+from fastvideo.models.tiny_tokenizers import clip_tokenizer, llama_tokenizer, t5_tokenizer
 
 TEXT_DIM = 32
+IMAGE_DIM = 32
+POOLED_DIM = 8
+NUM_HEADS, HEAD_DIM = 4, 32
 
 
-def write_tiny(folder: Path, *, seed: int = 0) -> None:
-    """Write a complete Wan2.1 text-to-video model in diffusers format, about 3 MB.
+def write_tiny(folder: Path, *, family: str = "wan2.1", task: str = "t2v", seed: int = 0) -> None:
+    """Write a complete model in diffusers format, 3 to 6 MB; the folder appears at once.
 
-    The folder appears at once, complete. The transformer has 0.59 M parameters in 2 blocks and
-    the text encoder 2 layers, both random from ``seed``; the VAE is the trained one of this
-    package.
+    Each has all parts of the published repositories of its family and task, of the same classes
+    and options, with transformers of 0.6 to 1.3 M parameters; only the tokenizers' class is
+    generic. All weights are random from ``seed``, except those of the VAE of Wan2.1 and Wan2.2
+    A14B: it is the trained one of this package. The configurations of the other two, random VAEs
+    state the statistics that their latents have.
+
+    Raises:
+        KeyError: No such pair of family and task.
     """
-    tokenizer = _tokenizer()
+    build = BUILDERS[family, task]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = WanPipeline(
-            tokenizer=tokenizer,
-            text_encoder=_text_encoder(len(tokenizer)),
-            vae=tiny_vae(),
-            scheduler=UniPCMultistepScheduler(
-                prediction_type="flow_prediction",
-                use_flow_sigmas=True,
-                num_train_timesteps=1000,
-                flow_shift=3.0,
-            ),
-            transformer=_transformer(),
-        )
+        pipeline = build()
     quiet_libraries()
     temporary = atomic.temporary_name(folder)
     atomic.sweep(folder)
     pipeline.save_pretrained(temporary)
+    _name_as_published(temporary)
     temporary.rename(folder)
 
 
@@ -59,23 +77,195 @@ def tiny_vae() -> AutoencoderKLWan:
     return vae
 
 
-def _transformer() -> WanTransformer3DModel:
+def _wan21_t2v() -> DiffusionPipeline:
+    return WanPipeline(**_wan_parts(), transformer=_wan_transformer())
+
+
+def _wan21_i2v() -> DiffusionPipeline:
+    return WanImageToVideoPipeline(
+        **_wan_parts(),
+        image_processor=CLIPImageProcessorPil(),
+        image_encoder=_clip_vision(),
+        transformer=_wan_transformer(
+            in_channels=36, image_dim=IMAGE_DIM, added_kv_proj_dim=NUM_HEADS * HEAD_DIM
+        ),
+    )
+
+
+def _wan22_a14b_t2v() -> DiffusionPipeline:
+    return WanPipeline(
+        **_wan_parts(),
+        transformer=_wan_transformer(),
+        transformer_2=_wan_transformer(),
+        boundary_ratio=0.875,
+    )
+
+
+def _wan22_a14b_i2v() -> DiffusionPipeline:
+    """The published one has no CLIP, unlike Wan2.1's."""
+    return WanImageToVideoPipeline(
+        **_wan_parts(),
+        transformer=_wan_transformer(in_channels=36),
+        transformer_2=_wan_transformer(in_channels=36),
+        boundary_ratio=0.9,
+    )
+
+
+def _wan22_ti2v_5b() -> DiffusionPipeline:
+    """One folder for both tasks, text-to-video by its class, as published."""
+    return WanPipeline(
+        **_wan_parts(make_vae=_wan22_vae, flow_shift=5.0),
+        transformer=_wan_transformer(in_channels=48, out_channels=48),
+        expand_timesteps=True,
+    )
+
+
+def _hunyuan_t2v() -> DiffusionPipeline:
+    tokenizer = llama_tokenizer()
+    return HunyuanVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_llama(tokenizer),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_2=_clip_text(),
+        vae=_hunyuan_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        transformer=_hunyuan_transformer(),
+    )
+
+
+BUILDERS: dict[tuple[str, str], Callable[[], DiffusionPipeline]] = {
+    ("wan2.1", "t2v"): _wan21_t2v,
+    ("wan2.1", "i2v"): _wan21_i2v,
+    ("wan2.2-a14b", "t2v"): _wan22_a14b_t2v,
+    ("wan2.2-a14b", "i2v"): _wan22_a14b_i2v,
+    ("wan2.2-ti2v-5b", "t2v"): _wan22_ti2v_5b,
+    ("wan2.2-ti2v-5b", "i2v"): _wan22_ti2v_5b,
+    ("hunyuan-video", "t2v"): _hunyuan_t2v,
+}
+
+
+def _name_as_published(folder: Path) -> None:
+    """Name the image processor as the Hub's folders do.
+
+    The class that works without torchvision is saved under its own name. The Hub's name loads
+    with and without torchvision. Tokenizers keep the generic class, for which tokenizer.json is
+    all that counts; T5's and Llama's would put rules of their own in its place.
+    """
+    for path in (folder / "model_index.json", *folder.glob("image_processor/*.json")):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("CLIPImageProcessorPil", "CLIPImageProcessor"), "utf-8")
+
+
+def _wan_parts(
+    make_vae: Callable[[], AutoencoderKLWan] = tiny_vae, flow_shift: float = 3.0
+) -> dict[str, Any]:
+    """What every Wan model has; 3.0 is the shift that diffusers' conversion gives all but 5B."""
+    tokenizer = t5_tokenizer()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": _umt5(len(tokenizer)),
+        "vae": make_vae(),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            num_train_timesteps=1000,
+            flow_shift=flow_shift,
+        ),
+    }
+
+
+def _wan_transformer(
+    *, in_channels: int = 16, out_channels: int = 16, **image: int
+) -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=4,
-        attention_head_dim=32,
-        in_channels=16,
-        out_channels=16,
+        num_attention_heads=NUM_HEADS,
+        attention_head_dim=HEAD_DIM,
+        in_channels=in_channels,
+        out_channels=out_channels,
         text_dim=TEXT_DIM,
         freq_dim=256,
         ffn_dim=256,
         num_layers=2,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
+        **image,
     )
 
 
-def _text_encoder(vocabulary: int) -> UMT5EncoderModel:
+def _hunyuan_transformer() -> HunyuanVideoTransformer3DModel:
+    return HunyuanVideoTransformer3DModel(
+        num_attention_heads=NUM_HEADS,
+        attention_head_dim=HEAD_DIM,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        guidance_embeds=True,
+        text_embed_dim=TEXT_DIM,
+        pooled_projection_dim=POOLED_DIM,
+        rope_axes_dim=(8, 12, 12),
+    )
+
+
+def _wan22_vae() -> AutoencoderKLWan:
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=48,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+    )
+    latents_BC = _latents_BC(vae)
+    vae.register_to_config(
+        latents_mean=[round(mean, 3) for mean in latents_BC.mean(0).tolist()],
+        latents_std=[round(std, 3) for std in latents_BC.std(0).tolist()],
+    )
+    return vae
+
+
+def _hunyuan_vae() -> AutoencoderKLHunyuanVideo:
+    vae = AutoencoderKLHunyuanVideo(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+    vae.register_to_config(scaling_factor=round(1 / _latents_BC(vae).std().item(), 1))
+    return vae
+
+
+@torch.no_grad()
+def _latents_BC(vae: Any) -> Tensor:
+    """Make latents of a random VAE tell clips apart; return them, each place as one of B.
+
+    A random encoder's biases are the same in all clips and outweigh what comes from the pixels.
+    Statistics of what is returned are to be rounded: processors differ in the last digits.
+    """
+    for name, parameter in vae.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+    latents_BCTYX: Tensor = vae.encode(_clips_BCFHW()).latent_dist.mode()
+    return latents_BCTYX.movedim(1, -1).flatten(0, -2)
+
+
+def _clips_BCFHW() -> Tensor:
+    """8 clips of smooth coloured patterns that drift, in [-1, 1]; the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    colours = 0.4 * torch.randn(8, 3, 1, 1, generator=generator)
+    patterns = 0.4 * torch.randn(8, 3, 8, 8, generator=generator)
+    images = torch.nn.functional.interpolate(patterns, scale_factor=8, mode="bicubic") + colours
+    clips = [
+        torch.stack([image.roll((way * frame, 2 * frame), (1, 2)) for frame in range(9)], dim=1)
+        for way, image in enumerate(images, start=-4)
+    ]
+    return torch.stack(clips).clamp(-1, 1)
+
+
+def _umt5(vocabulary: int) -> UMT5EncoderModel:
     config = UMT5Config(
         vocab_size=vocabulary,
         d_model=TEXT_DIM,
@@ -91,26 +281,49 @@ def _text_encoder(vocabulary: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(config).eval()
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """T5's kind of tokenizer over letters and pairs of letters; other characters by their bytes."""
-    letters = string.ascii_lowercase
-    pairs = ["".join(pair) for pair in itertools.product(letters, repeat=2)]
-    singles = sorted({*string.digits, *string.ascii_letters, *string.punctuation, "▁"})
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
-    pieces += [(piece, -8.0) for piece in singles]
-    pieces += [(piece, -9.0) for piece in pairs]
-    tokenizer = Tokenizer(token_models.Unigram(pieces, unk_id=2, byte_fallback=True))
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
+def _llama(tokenizer: PreTrainedTokenizerFast) -> LlamaModel:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_DIM,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        initializer_range=TEXT_DIM**-0.5,  # the usual 0.02 suits a width of thousands
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=512,
+    return LlamaModel(config).eval()
+
+
+def _clip_text() -> CLIPTextModel:
+    tokenizer = clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=POOLED_DIM,
+        projection_dim=POOLED_DIM,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    return CLIPTextModel(config).eval()
+
+
+def _clip_vision() -> CLIPVisionModel:
+    """Sees 224 x 224 pixels as 257 tokens, as the published one."""
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_DIM,
+        projection_dim=IMAGE_DIM,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=224,
+        patch_size=14,
+        hidden_act="gelu",
+    )
+    return CLIPVisionModel(config).eval()
