@@ -123,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force", action="store_true", help="train, run: go on although recipe or data changed"
     )
+    parser.add_argument(
+        "--dtype", help="train, export, generate: the same as VERB.dtype=..., e.g. bfloat16"
+    )
     return parser
 
 
@@ -148,7 +151,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 def _load(arguments: argparse.Namespace) -> "Recipe":
     from fastvideo.config.recipe import Recipe
 
-    return Recipe.load(arguments.recipe, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.dtype:
+        overrides.append(f"{arguments.verb}.dtype={arguments.dtype}")
+    return Recipe.load(arguments.recipe, overrides)
 
 
 def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
@@ -157,11 +163,12 @@ def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
         "shards": ("preprocess",),
         "clips": ("status",),
         "force": ("train", "run"),
+        "dtype": ("export", "generate", "train"),
     }
     for name, verbs in owners.items():
         if getattr(arguments, name) not in (None, False) and arguments.verb not in verbs:
             option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} belongs to {' and '.join(verbs)}; leave it out")
+            raise UserError(f"{option} belongs to {', '.join(verbs)}; leave it out")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -232,7 +239,7 @@ def _tiny(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
     else:
         from fastvideo.models.tiny import write_tiny
 
-        write_tiny(folder)
+        write_tiny(folder, family=recipe.model.family, task=recipe.model.task)
         log.logger.info("wrote %s", folder)
     return {"path": str(folder)}
 

@@ -1,75 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint to a model folder that diffusers loads as it is."""
+"""Checkpoints to a model folder that diffusers loads as it is."""
 
 import json
 import os
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastvideo import atomic, hashing, state
+from fastvideo import atomic, hashing, model_card, state
 from fastvideo.config.recipe import Recipe
-from fastvideo.errors import UserError
 from fastvideo.log import logger
-from fastvideo.models.family import find_model
+from fastvideo.models.family import find_family
+from fastvideo.models.folder import find_model
 from fastvideo.state import RunDir, checkpoint_marker
-from fastvideo.train.launcher import transformer_folder
 
 WEIGHTS = (".safetensors", ".bin")
 
 
 def export(recipe: Recipe) -> dict[str, Any]:
-    """Write ``run_dir/export`` from the newest complete checkpoint.
+    """Write ``run_dir/export`` from the newest complete checkpoints.
 
-    The trained transformer is written in float32, equal to the checkpoint bit for bit; the other
+    Every trained transformer is written, equal to its checkpoint bit for bit in float32; the other
     parts are the base model's files. The folder appears complete or not at all.
 
     Returns:
-        ``{"path": folder, "step": step, "ran": whether anything was to be done}``.
+        ``{"path": folder, "steps": {transformer: step}, "ran": whether anything was to be done}``.
 
     Raises:
         UserError: There is no complete checkpoint.
     """
     run_dir = RunDir(recipe.run_dir)
-    transformer = transformer_folder(recipe)
-    directory = run_dir.training(transformer)
-    steps = directory.complete_checkpoints()
-    if not steps:
-        raise UserError(f"{directory.checkpoints}: holds no complete checkpoint; run train first")
-    checkpoint = directory.checkpoint(steps[-1])
+    checkpoints = state.newest_checkpoints(run_dir, recipe.architecture.transformers)
+    for folder in recipe.architecture.transformers:
+        if folder not in checkpoints:
+            logger.warning("%s was not trained in this run and stays the base model's", folder)
+    base = find_model(recipe.model.path)
+    find_family(recipe).check(base)
     made_from = {
         "schema": state.SCHEMA_VERSION,
-        "step": steps[-1],
-        "transformer": transformer,
-        "checkpoint": hashing.file_sha256(checkpoint_marker(checkpoint)),
-        "base": hashing.folder_stamp(find_model(recipe.model.path), without=(transformer,)),
+        "checkpoints": {
+            folder: hashing.file_sha256(checkpoint_marker(checkpoint))
+            for folder, checkpoint in checkpoints.items()
+        },
+        "base": hashing.folder_stamp(base, without=tuple(checkpoints)),
         "settings": recipe.export.model_dump(mode="json"),
     }
-    result = {"path": str(run_dir.export), "step": steps[-1]}
+    steps = {folder: _step(checkpoint) for folder, checkpoint in checkpoints.items()}
+    result = {"path": str(run_dir.export), "steps": steps}
     if atomic.read_json(run_dir.export_marker) == made_from:
         logger.info("already exported: %s", run_dir.export)
         return {**result, "ran": False}
-    _write(recipe, run_dir.export, checkpoint=checkpoint, transformer=transformer)
+    _write(recipe, run_dir.export, base=base, checkpoints=checkpoints)
     atomic.write_json(run_dir.export_marker, made_from, point="export.marker")
-    logger.info("exported step %d to %s", steps[-1], run_dir.export)
+    logger.info("exported %s to %s", _describe(steps), run_dir.export)
     return {**result, "ran": True}
 
 
-def _write(recipe: Recipe, folder: Path, *, checkpoint: Path, transformer: str) -> None:
-    from fastvideo.checkpoint import load_weights
-    from fastvideo.models.family import find_family
+def _step(checkpoint: Path) -> int:
+    marker = state.read_checkpoint_marker(checkpoint)
+    assert marker is not None
+    step: int = marker["step"]
+    return step
 
-    base = find_model(recipe.model.path)
+
+def _describe(steps: Mapping[str, int]) -> str:
+    return " and ".join(f"step {step} of {folder}" for folder, step in steps.items())
+
+
+def _write(recipe: Recipe, folder: Path, *, base: Path, checkpoints: Mapping[str, Path]) -> None:
     temporary = atomic.temporary_name(folder)
     atomic.sweep(folder)
     shutil.rmtree(temporary, ignore_errors=True)
-    _copy(base, temporary, without=transformer, link=recipe.export.components == "link")
-    model: Any = find_family(recipe.model.family).load_transformer(base, folder=transformer)
-    load_weights(checkpoint, model)
-    model.save_pretrained(
-        temporary / transformer, max_shard_size=int(recipe.export.max_shard_gib * 2**30)
-    )
-    _keep_config(base / transformer, temporary / transformer)
+    link = recipe.export.components == "link"
+    _copy(base, temporary, without=(*checkpoints, model_card.NAME), link=link)
+    for name, checkpoint in checkpoints.items():
+        _write_transformer(recipe, temporary / name, base=base, checkpoint=checkpoint)
+    markers = {name: state.read_checkpoint_marker(path) for name, path in checkpoints.items()}
+    pipeline = find_family(recipe).pipeline
+    card = model_card.text(recipe, base=base, pipeline=pipeline, trained=markers)
+    (temporary / model_card.NAME).write_text(card, encoding="utf-8")
     for path in temporary.rglob("*"):
         atomic.sync(path)
     # A complete export stays until the new one is: its marker goes first, then the folders swap.
@@ -79,16 +89,28 @@ def _write(recipe: Recipe, folder: Path, *, checkpoint: Path, transformer: str) 
     atomic.sync(folder.parent)
 
 
+def _write_transformer(recipe: Recipe, target: Path, *, base: Path, checkpoint: Path) -> None:
+    from fastvideo.checkpoint import load_weights
+
+    # Cast as loading does: some parts of a model stay float32.
+    model: Any = find_family(recipe).load_transformer(
+        base, folder=target.name, dtype=recipe.export.dtype
+    )
+    load_weights(checkpoint, model)
+    model.save_pretrained(target, max_shard_size=int(recipe.export.max_shard_gib * 2**30))
+    _keep_config(base / target.name, target)
+
+
 def _keep_config(base: Path, exported: Path) -> None:
     """Keep the base model's own config.json, without the local path diffusers adds."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     atomic.write_json(exported / "config.json", config, point="export.config")
 
 
-def _copy(base: Path, target: Path, *, without: str, link: bool) -> None:
+def _copy(base: Path, target: Path, *, without: Collection[str], link: bool) -> None:
     for source in sorted(base.rglob("*")):
         relative = source.relative_to(base)
-        if not source.is_file() or relative.parts[0] == without or _hidden(relative):
+        if not source.is_file() or relative.parts[0] in without or _hidden(relative):
             continue
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts to mp4 files through the diffusers pipeline, resumable video by video."""
 
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fastvideo import atomic, hashing
 from fastvideo.config.prompts import Prompt, load_prompts
 from fastvideo.config.recipe import Recipe
+from fastvideo.data.first_image import first_image, prompt_to_encode
 from fastvideo.errors import UserError
 from fastvideo.log import Progress, logger
-from fastvideo.models.family import find_model
-from fastvideo.state import RunDir
+from fastvideo.models.family import SamplerSettings, find_family, pick_device
+from fastvideo.models.folder import find_model
+from fastvideo.state import RunDir, checkpoint_marker, newest_checkpoints
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,10 +60,13 @@ def requests(recipe: Recipe) -> list[dict[str, Any]]:
     Raises:
         UserError: No prompts, or one that this model cannot make.
     """
-    if recipe.generate.prompts is None:
+    file = recipe.generate.prompts
+    if file is None:
         raise UserError("generate.prompts: is missing; name a JSON file with prompts")
-    prompts = load_prompts(recipe.generate.prompts)
-    return [_request(recipe, prompt, index) for index, prompt in enumerate(prompts)]
+    return [
+        _request(recipe, prompt, index, origin=f"{file}: data[{index}]")
+        for index, prompt in enumerate(load_prompts(file))
+    ]
 
 
 def write_video(path: Path, frames_FHWC: "npt.NDArray[np.uint8]", *, fps: float) -> None:
@@ -93,38 +97,46 @@ def write_video(path: Path, frames_FHWC: "npt.NDArray[np.uint8]", *, fps: float)
         container.mux(stream.encode())
 
 
-def _request(recipe: Recipe, prompt: Prompt, index: int) -> dict[str, Any]:
-    spec, clip = recipe.generate, recipe.clip
-    if prompt.image_path or prompt.video_path:
-        raise UserError(
-            f"{spec.prompts}: data[{index}] gives a first image, which a text-to-video model does "
-            "not take; remove image_path and video_path"
-        )
-    size = {
-        "num_frames": prompt.num_frames or clip.num_frames,
-        "height": prompt.height or clip.height,
-        "width": prompt.width or clip.width,
-    }
-    problems = recipe.architecture.misfits(**size)
-    if problems:
-        raise UserError(f"{spec.prompts}: data[{index}]: {'; '.join(problems)}")
-    return {
-        "prompt": prompt.caption,
-        "negative_prompt": spec.negative_prompt,
-        **size,
+def _request(recipe: Recipe, prompt: Prompt, index: int, *, origin: str) -> dict[str, Any]:
+    spec = recipe.generate
+    wanted = prompt_to_encode(recipe, prompt, origin=origin)
+    request = {
+        "prompt": wanted.caption,
+        "num_frames": wanted.num_frames,
+        "height": wanted.height,
+        "width": wanted.width,
         "num_inference_steps": prompt.num_inference_steps or spec.num_inference_steps,
         "guidance_scale": spec.guidance_scale,
         "seed": spec.seed + index,
-        "fps": clip.fps,
+        "fps": recipe.clip.fps,
         "dtype": spec.dtype,
+        "flow_shift": spec.flow_shift,
+        "vae_tiling": spec.vae_tiling,
     }
+    if not recipe.architecture.embedded_guidance:
+        request["negative_prompt"] = spec.negative_prompt
+    if spec.guidance_scale_2 is not None:
+        request["guidance_scale_2"] = spec.guidance_scale_2
+    if wanted.image is not None:
+        path = str(wanted.image)
+        request["image"] = {"path": path, "sha256": hashing.file_sha256(wanted.image)}
+    return request
 
 
 def _model(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
+    """The model's folder and what tells it from another one."""
+    base = find_model(recipe.model.path)
+    find_family(recipe).check(base)
     if recipe.generate.weights == "base":
+        return {"path": recipe.model.path, "files": hashing.folder_stamp(base)}
+    if recipe.generate.weights == "checkpoint":
+        found = newest_checkpoints(run_dir, recipe.architecture.transformers)
         return {
             "path": recipe.model.path,
-            "files": hashing.folder_stamp(find_model(recipe.model.path)),
+            "files": hashing.folder_stamp(base, without=tuple(found)),
+            "checkpoints": {
+                name: hashing.file_sha256(checkpoint_marker(path)) for name, path in found.items()
+            },
         }
     made_from = atomic.read_json(run_dir.export_marker)
     if made_from is None:
@@ -137,31 +149,52 @@ def _made(video: Path, about: dict[str, Any]) -> bool:
 
 
 def _load(recipe: Recipe, path: str) -> "DiffusionPipeline":
-    from fastvideo.models.family import find_family, pick_device
-
-    return find_family(recipe.model.family).load_pipeline(
-        find_model(path), dtype=recipe.generate.dtype, device=pick_device(recipe.generate.device)
+    spec, family, folder = recipe.generate, find_family(recipe), find_model(path)
+    settings = SamplerSettings(
+        dtype=spec.dtype,
+        device=pick_device(spec.device),
+        offload=spec.offload,
+        vae_tiling=spec.vae_tiling,
+        flow_shift=spec.flow_shift,
     )
+    transformers = {}
+    if spec.weights == "checkpoint":
+        from fastvideo.checkpoint import load_weights
+
+        run_dir = RunDir(recipe.run_dir)
+        found = newest_checkpoints(run_dir, recipe.architecture.transformers)
+        for name, checkpoint in found.items():
+            model: Any = family.load_transformer(folder, folder=name, dtype=spec.dtype)
+            load_weights(checkpoint, model)
+            transformers[name] = model
+    return family.load_pipeline(folder, settings=settings, transformers=transformers)
+
+
+CALL_ARGUMENTS = (
+    "prompt",
+    "negative_prompt",
+    "num_frames",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_scale_2",
+)
+"""Of a pipeline, by the name they have in a request."""
 
 
 def _sample(pipeline: Any, about: dict[str, Any]) -> "npt.NDArray[np.uint8]":
     """Run the pipeline; noise comes from a CPU generator, the same on every device."""
     import numpy as np
     import torch
+    from PIL import Image
 
-    names: Iterable[str] = (
-        "prompt",
-        "negative_prompt",
-        "num_frames",
-        "height",
-        "width",
-        "num_inference_steps",
-        "guidance_scale",
-    )
+    given = {name: about[name] for name in CALL_ARGUMENTS if name in about}
+    if "image" in about:
+        size = {"height": about["height"], "width": about["width"]}
+        given["image"] = Image.fromarray(first_image(Path(about["image"]["path"]), **size))
     video = pipeline(
-        **{name: about[name] for name in names},
-        generator=torch.Generator().manual_seed(about["seed"]),
-        output_type="np",
+        **given, generator=torch.Generator().manual_seed(about["seed"]), output_type="np"
     ).frames[0]
     frames: npt.NDArray[np.uint8] = np.clip(np.rint(video * 255), 0, 255).astype(np.uint8)
     return frames

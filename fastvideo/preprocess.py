@@ -2,18 +2,21 @@
 """Raw videos to shards: plan the manifest, fill the shards that are missing, encode the prompts."""
 
 import collections
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from fastvideo import hashing, state
 from fastvideo.config.prompts import load_prompts
-from fastvideo.config.recipe import Recipe
+from fastvideo.config.recipe import ParquetSource, Recipe
 from fastvideo.data.decode import DECODE_SETTINGS
+from fastvideo.data.first_image import PromptToEncode, prompt_to_encode
 from fastvideo.data.manifest import plan_manifest
 from fastvideo.errors import UserError
 from fastvideo.log import logger
-from fastvideo.models.family import find_family, find_model
-from fastvideo.state import ShardStore
+from fastvideo.models.family import find_family
+from fastvideo.models.folder import find_model
+from fastvideo.state import LedgerRow, ShardStore
 
 
 def preprocess(
@@ -33,7 +36,7 @@ def preprocess(
         UserError: Wrong input, or more clips failed than ``source.max_failed`` allows.
     """
     store = ShardStore(recipe.shards.path)
-    captions = _captions(recipe) if shards is None else None
+    prompts = prompts_to_encode(recipe) if shards is None else []
     settings = encoding_settings(recipe, hashes=hashing.HashCache(store.hashes))
     if shards is None:
         plan = plan_manifest(recipe, store=store, settings=settings)
@@ -43,19 +46,21 @@ def preprocess(
     missing = [i for i in state.missing_shards(store, plan) if i in wanted]
     if manifest_only:
         return _result(store, plan, filled=[])
-    prompts = hashing.fingerprint({"settings": settings, "captions": captions})
-    prompts_missing = captions and not state.read_marker(store.validation, fingerprint=prompts)
-    if missing or prompts_missing:
+    wanted_prompts = hashing.fingerprint({"settings": settings, "prompts": _identify(prompts)})
+    prompts_done = state.read_marker(store.validation, fingerprint=wanted_prompts) or not prompts
+    if missing or not prompts_done:
         # Only now: a run with nothing to do answers without torch.
         from fastvideo.data import encode
         from fastvideo.data.shard import Contents
 
-        encoders = encode.load_encoders(recipe)
-        if missing:
-            encode.fill_shards(recipe, store, plan, missing=missing, encoders=encoders)
-        if captions and prompts_missing:
-            contents = Contents(prompts, settings)
-            encode.write_prompts(recipe, store, captions, contents=contents, encoders=encoders)
+        encoders = functools.cache(lambda: encode.load_encoders(recipe))
+        if not prompts_done:
+            contents = Contents(wanted_prompts, settings)
+            encode.write_prompts(recipe, store, prompts, contents=contents, encoders=encoders())
+        if missing and isinstance(recipe.source, ParquetSource):
+            encode.adopt_shards(recipe, store, plan, missing=missing)
+        elif missing:
+            encode.fill_shards(recipe, store, plan, missing=missing, encoders=encoders())
     if shards is None:
         _check_failures(recipe, store, plan)
     return _result(store, plan, filled=missing)
@@ -64,7 +69,7 @@ def preprocess(
 def encoding_settings(recipe: Recipe, *, hashes: hashing.HashCache) -> dict[str, Any]:
     """Everything that decides the bytes of a shard apart from its clips; plain values."""
     path = find_model(recipe.model.path)
-    family = find_family(recipe.model.family)
+    family = find_family(recipe)
     family.check(path)
     statistics = family.latent_statistics(path)
     encoders = {
@@ -74,8 +79,9 @@ def encoding_settings(recipe: Recipe, *, hashes: hashing.HashCache) -> dict[str,
     return {
         "schema": state.SCHEMA_VERSION,
         "family": recipe.model.family,
+        "columns": list(family.columns(path)),
         "clip": recipe.clip.model_dump(mode="json"),
-        "decode": DECODE_SETTINGS,
+        "decode": _decode_settings(recipe),
         "dtype": recipe.shards.dtype,
         "vae_dtype": recipe.shards.vae_dtype,
         "text_dtype": recipe.shards.text_dtype,
@@ -83,6 +89,12 @@ def encoding_settings(recipe: Recipe, *, hashes: hashing.HashCache) -> dict[str,
         "latents_std": list(statistics.std),
         "encoders": encoders,
     }
+
+
+def _decode_settings(recipe: Recipe) -> dict[str, Any]:
+    if isinstance(recipe.source, ParquetSource):
+        return {"backend": "upstream parquet", "latents": recipe.source.latents}
+    return DECODE_SETTINGS
 
 
 def _planned(
@@ -105,17 +117,37 @@ def _planned(
     return plan
 
 
-def _captions(recipe: Recipe) -> list[str]:
-    """The empty prompt, which text dropout needs, and the validation prompts."""
-    path = recipe.validation.prompts
-    prompts = load_prompts(path) if path else ()
-    return list(dict.fromkeys(["", *(prompt.caption for prompt in prompts)]))
+def prompts_to_encode(recipe: Recipe) -> list[PromptToEncode]:
+    """The empty prompt, which text dropout needs, and the validation prompts.
+
+    Raises:
+        UserError: A prompt that this model cannot make.
+    """
+    clip, file = recipe.clip, recipe.validation.prompts
+    empty = PromptToEncode("", None, clip.num_frames, clip.height, clip.width)
+    prompts = load_prompts(file) if file else ()
+    return [empty] + [
+        prompt_to_encode(recipe, prompt, origin=f"{file}: data[{i}]")
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _identify(prompts: Sequence[PromptToEncode]) -> list[dict[str, Any]]:
+    """Prompts by content, for their fingerprint."""
+    return [
+        {**prompt.values, "image": hashing.file_sha256(prompt.image) if prompt.image else None}
+        for prompt in prompts
+    ]
 
 
 def _result(store: ShardStore, plan: dict[str, Any], *, filled: list[int]) -> dict[str, Any]:
     counts = collections.Counter(row.state for row in state.ledger(store, plan))
     missing = state.missing_shards(store, plan)
     return {"filled": filled, "missing": missing, "clips": dict(counts)}
+
+
+def _most_common(failed: Sequence[LedgerRow]) -> str:
+    return collections.Counter(row.reason for row in failed).most_common(1)[0][0]
 
 
 def _check_failures(recipe: Recipe, store: ShardStore, plan: dict[str, Any]) -> None:
@@ -125,9 +157,9 @@ def _check_failures(recipe: Recipe, store: ShardStore, plan: dict[str, Any]) -> 
         logger.warning("clip %r failed: %s: %s", row.id, row.reason, row.detail)
     if len(failed) > recipe.source.max_failed * len(rows):
         raise UserError(
-            f"{len(failed)} of {len(rows)} clips failed, more than source.max_failed="
-            f"{recipe.source.max_failed:g}; see `fastvideo status --clips`, repair or remove them, "
-            "or raise the limit"
+            f"{len(failed)} of {len(rows)} clips failed, most often {_most_common(failed)}, more "
+            f"than source.max_failed={recipe.source.max_failed:g}; see `fastvideo status --clips`, "
+            "repair or remove them, or raise the limit"
         )
     if not any(row.state == "encoded" for row in rows):
         reasons = collections.Counter(f"{row.state}: {row.reason}" for row in rows)

@@ -4,7 +4,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from fastvideo.atomic import fault, read_json
 from fastvideo.errors import UserError
 from fastvideo.hashing import fingerprint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # ---------------------------------------------------------------- shards
 
@@ -52,6 +52,11 @@ class ShardStore:
     def probes(self) -> Path:
         """What a plan in progress knows of the files; gone when it is done."""
         return self.root / "probes.jsonl"
+
+    @property
+    def listed(self) -> Path:
+        """What is known of the files of a Parquet source, a line per file."""
+        return self.root / "listed.jsonl"
 
     def shard(self, index: int) -> Path:
         """Parquet file of a shard."""
@@ -204,11 +209,6 @@ class RunDir:
     root: Path
 
     @property
-    def recipe(self) -> Path:
-        """The resolved recipe the run was started with."""
-        return self.root / "recipe.yaml"
-
-    @property
     def stop(self) -> Path:
         """Create this file to stop training with its state saved."""
         return self.root / "STOP"
@@ -233,7 +233,7 @@ class RunDir:
         return self.root / "export" / "fastvideo.json"
 
     def generated(self, weights: str) -> Path:
-        """Videos sampled from the ``export`` or the ``base`` model."""
+        """Videos sampled from the ``export``, the ``checkpoint`` or the ``base`` model."""
         return self.root / "generate" / weights
 
 
@@ -247,6 +247,11 @@ class TrainDir:
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
         return self.root / "checkpoints"
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe this training was started with."""
+        return self.root / "recipe.yaml"
 
     @property
     def lock(self) -> Path:
@@ -293,6 +298,23 @@ def read_checkpoint_marker(folder: Path) -> dict[str, Any] | None:
         return None
     sizes: dict[str, int] = marker["files"]
     return marker if all(_size(folder / n) == size for n, size in sizes.items()) else None
+
+
+def newest_checkpoints(run_dir: RunDir, transformers: Collection[str]) -> dict[str, Path]:
+    """The newest complete checkpoint of each of ``transformers`` that was trained in the run.
+
+    Raises:
+        UserError: None was.
+    """
+    found = {}
+    for folder in transformers:
+        directory = run_dir.training(folder)
+        if steps := directory.complete_checkpoints():
+            found[folder] = directory.checkpoint(steps[-1])
+    if not found:
+        where = " and ".join(str(run_dir.training(folder).checkpoints) for folder in transformers)
+        raise UserError(f"{where}: no complete checkpoint; run train first")
+    return found
 
 
 def prune_checkpoints(directory: TrainDir, *, keep_last: int) -> None:

@@ -87,11 +87,10 @@ def _shards(store: ShardStore, plan: dict[str, Any] | None) -> dict[str, Any]:
 
 def _training(recipe: Recipe) -> dict[str, Any]:
     run_dir = RunDir(recipe.run_dir)
-    folders = sorted(set(recipe.architecture.experts.values()) | {"transformer"})
     found = {}
-    for folder in folders:
+    for folder in recipe.architecture.transformers:
         steps = run_dir.training(folder).complete_checkpoints()
-        if folder == "transformer" or steps:
+        if folder in recipe.transformers or steps:
             step = steps[-1] if steps else 0
             found[folder] = {"step": step, "steps": recipe.train.steps, "checkpoints": steps}
     return found

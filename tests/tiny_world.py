@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from PIL import Image
 
 from fastvideo.cli import run
 from fastvideo.config.recipe import Recipe
@@ -81,13 +82,40 @@ class World:
         return self.root / "run"
 
 
-def make_world(root: Path, *, clips: int, model: Path, heldout: int = 0) -> World:
+@dataclass(frozen=True)
+class Pair:
+    """A family and a task, and the width of clips that suits both VAE and speed."""
+
+    family: str = "wan2.1"
+    task: str = "t2v"
+    width: int = 48
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.task}"
+
+
+WAN21 = Pair()
+PAIRS = (
+    WAN21,
+    Pair(task="i2v"),
+    Pair("wan2.2-a14b"),
+    Pair("wan2.2-a14b", "i2v"),
+    Pair("wan2.2-ti2v-5b", width=64),
+    Pair("wan2.2-ti2v-5b", "i2v", width=64),
+    Pair("hunyuan-video"),
+)
+"""Every model of the suite, for every task it has."""
+
+
+def make_world(
+    root: Path, *, clips: int, model: Path, heldout: int = 0, pair: Pair = WAN21
+) -> World:
     """Lay out a job with ``clips`` training and ``heldout`` held-out clips."""
     (root / "clips/videos").mkdir(parents=True)
-    (root / "prompts.json").write_text(json.dumps(["a red square moves right", "nothing at all"]))
+    write_prompts(root, task=pair.task)
     tree: Mapping[str, Any] = {
-        "model": {"family": "wan2.1", "path": str(model)},
-        "clip": {"num_frames": 9, "height": 32, "width": 48, "fps": 8},
+        "model": {"family": pair.family, "task": pair.task, "path": str(model)},
+        "clip": {"num_frames": 9, "height": 32, "width": pair.width, "fps": 8},
         "source": {"kind": "merged", "path": str(root / "clips")},
         "shards": {"path": str(root / "shards"), "rows": 3, "text_dtype": "float32"},
         "run_dir": str(root / "run"),
@@ -116,6 +144,18 @@ def make_world(root: Path, *, clips: int, model: Path, heldout: int = 0) -> Worl
     for index in range(clips + heldout):
         world.add_clip(index, split="train" if index < clips else "heldout")
     return world
+
+
+def write_prompts(root: Path, *, task: str) -> None:
+    """Two prompts; for image-to-video with an image and a video as first images."""
+    prompts: list[Any] = ["a red square moves right", "nothing at all"]
+    if task == "i2v":
+        pixels = np.random.default_rng(0).integers(0, 255, (50, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(root / "first.png")
+        write_clip(root / "first.mp4", index=3, num_frames=3)
+        files = {"image_path": "first.png"}, {"video_path": "first.mp4"}
+        prompts = [{"caption": text, **file} for text, file in zip(prompts, files, strict=True)]
+    (root / "prompts.json").write_text(json.dumps(prompts))
 
 
 def in_fork(

@@ -23,7 +23,8 @@ from fastvideo.config.prompts import load_prompts
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.decode import decode_clip
 from fastvideo.data.loader import Samples
-from fastvideo.models.family import find_family, find_model
+from fastvideo.models.family import SamplerSettings, find_family
+from fastvideo.models.folder import find_model
 from fastvideo.state import RunDir, ShardStore
 
 Frames = npt.NDArray[np.uint8]
@@ -59,14 +60,14 @@ def _captions(recipe: Recipe) -> tuple[dict[str, str], list[str]]:
     """Id to caption of the training clips in the order of the shards, and their scenes."""
     items = json.loads((recipe.source.path / "videos2caption.json").read_text(encoding="utf-8"))
     by_id = {item["path"]: item for item in items}
-    samples = Samples(ShardStore(recipe.shards.path), split="train")
+    samples = Samples(ShardStore(recipe.shards.path), split="train", columns=())
     ids = [samples[i].id for i in range(len(samples))]
     return {i: by_id[i]["cap"][0] for i in ids}, [by_id[i]["scene"] for i in ids]
 
 
 def _clip_latents(recipe: Recipe, ids: list[str]) -> Tensor:
-    samples = Samples(ShardStore(recipe.shards.path), split="train")
-    statistics = find_family(recipe.model.family).latent_statistics(find_model(recipe.model.path))
+    samples = Samples(ShardStore(recipe.shards.path), split="train", columns=())
+    statistics = find_family(recipe).latent_statistics(find_model(recipe.model.path))
     return torch.stack(
         [statistics.normalise(samples[i].vae_latent.float()) for i in range(len(ids))]
     )
@@ -74,8 +75,10 @@ def _clip_latents(recipe: Recipe, ids: list[str]) -> Tensor:
 
 def _nearest(recipe: Recipe, model: str, captions: dict[str, str], clips: Tensor) -> list[int]:
     """For each caption, the index of the training clip nearest to the sampled latent."""
-    pipeline: Any = find_family(recipe.model.family).load_pipeline(
-        find_model(model), dtype=recipe.generate.dtype, device="cpu"
+    pipeline: Any = find_family(recipe).load_pipeline(
+        find_model(model),
+        settings=SamplerSettings(dtype=recipe.generate.dtype, device="cpu"),
+        transformers={},
     )
     clip, spec = recipe.clip, recipe.generate
     found = []

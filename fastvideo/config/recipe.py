@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe: which model, which clips, how to train and what to sample. One file, every verb."""
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -241,6 +242,19 @@ class Recipe(Spec):
         )
         if problems:
             raise ValueError("; ".join(f"clip.{problem}" for problem in problems))
+        return self
+
+    @model_validator(mode="after")
+    def _folders_are_apart(self) -> Self:
+        folders = {
+            "model.path": Path(self.model.path),
+            "source.path": self.source.path,
+            "shards.path": self.shards.path,
+            "run_dir": self.run_dir,
+        }
+        for (name, one), (other, two) in itertools.combinations(folders.items(), 2):
+            if one.absolute() == two.absolute():
+                raise ValueError(f"{other}={two}: is {name} as well; give each a folder of its own")
         return self
 
     @model_validator(mode="after")

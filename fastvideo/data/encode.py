@@ -6,20 +6,40 @@ Axes: F pixel frames, H, W pixels, C channels, L text tokens, D text dimension.
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvideo.config.recipe import Recipe
+from fastvideo import state
+from fastvideo.config.recipe import ParquetSource, Recipe
+from fastvideo.data.adopt import Adopted, Normalisation, adopted
 from fastvideo.data.decode_ahead import Decoded, Frames, VideoFile, decode_ahead
-from fastvideo.data.manifest import ClipRow, read_rows, shard_fingerprint
-from fastvideo.data.shard import PROMPT_SCHEMA, SHARD_SCHEMA, Contents, Row, cast, write_shard
+from fastvideo.data.first_image import PromptToEncode, first_image
+from fastvideo.data.judge import ClipRow
+from fastvideo.data.manifest import read_rows, shard_fingerprint
+from fastvideo.data.shard import (
+    PROMPT_SCHEMA,
+    Contents,
+    Row,
+    cast,
+    shard_schema,
+    text_tensors,
+    write_shard,
+)
 from fastvideo.errors import UserError
 from fastvideo.log import Progress, logger
-from fastvideo.models.family import Encoders, EncoderSettings, find_family, find_model, pick_device
+from fastvideo.models.family import (
+    Encoders,
+    EncoderSettings,
+    LatentStatistics,
+    Text,
+    find_family,
+    pick_device,
+)
+from fastvideo.models.folder import find_model
 from fastvideo.state import ShardStore
 
 
@@ -30,8 +50,7 @@ def load_encoders(recipe: Recipe) -> Encoders:
         text_dtype=recipe.shards.text_dtype,
         device=pick_device(recipe.preprocess.device),
     )
-    path = find_model(recipe.model.path)
-    return find_family(recipe.model.family).load_encoders(path, settings=settings)
+    return find_family(recipe).load_encoders(find_model(recipe.model.path), settings=settings)
 
 
 def fill_shards(
@@ -61,11 +80,61 @@ def fill_shards(
             write_shard(
                 store.shard(index),
                 _encode(recipe, pairs, encoders=encoders, failed=failed, progress=progress),
-                schema=SHARD_SCHEMA,
+                schema=shard_schema(plan["settings"]["columns"]),
                 contents=Contents(plan["shards"][str(index)]["fingerprint"], plan["settings"]),
                 failed=failed,
                 point="shard",
             )
+
+
+def adopt_shards(
+    recipe: Recipe, store: ShardStore, plan: dict[str, Any], *, missing: Sequence[int]
+) -> None:
+    """Write the missing shards from the rows of a Parquet source.
+
+    Raises:
+        UserError: The manifest is not the plan's any more, or a file changed since.
+    """
+    settings, source = plan["settings"], recipe.source
+    assert isinstance(source, ParquetSource)
+    columns = settings["columns"]
+    statistics = LatentStatistics(tuple(settings["latents_mean"]), tuple(settings["latents_std"]))
+    seen = Normalisation(source, statistics)
+    rows = {index: _planned_rows(store, plan, index) for index in missing}
+    text_dim = _text_dim(store, settings)
+    with contextlib.closing(Progress("clips", total=sum(map(len, rows.values())))) as progress:
+        for index in missing:
+            found = adopted(recipe, rows[index], columns=columns, text_dim=text_dim)
+            write_shard(
+                store.shard(index),
+                _adopt(recipe, zip(rows[index], found, strict=True), seen, progress),
+                schema=shard_schema(columns),
+                contents=Contents(plan["shards"][str(index)]["fingerprint"], settings),
+                point="shard",
+            )
+    seen.report()
+
+
+def _text_dim(store: ShardStore, settings: dict[str, Any]) -> int | None:
+    """Width of the text encoder's embeddings; None where no prompt was encoded yet."""
+    marker = state.read_marker(store.validation)
+    if marker is None or marker["settings"] != settings:
+        return None
+    return int(marker["rows"][0]["tensors"]["text_embedding"]["shape"][-1])
+
+
+def _adopt(
+    recipe: Recipe,
+    found: Iterable[tuple[ClipRow, Adopted]],
+    seen: Normalisation,
+    progress: Progress,
+) -> Iterator[Row]:
+    for clip, given in found:
+        seen.see(given.tensors["vae_latent"])
+        latents = _cast(recipe, given.tensors, name=clip.id)
+        tensors = {**latents, **_texts(recipe, [given.text])}
+        yield Row(tensors, _values(recipe, clip, latents["vae_latent"], [given.text]))
+        progress.advance(clip.id)
 
 
 def _planned_rows(store: ShardStore, plan: dict[str, Any], index: int) -> list[ClipRow]:
@@ -79,19 +148,28 @@ def _planned_rows(store: ShardStore, plan: dict[str, Any], index: int) -> list[C
 def write_prompts(
     recipe: Recipe,
     store: ShardStore,
-    captions: Sequence[str],
+    prompts: Sequence[PromptToEncode],
     *,
     contents: Contents,
     encoders: Encoders,
 ) -> None:
-    """Encode prompts into ``validation.parquet``."""
-    logger.info("encoding %d prompts", len(captions))
-    embeddings = [_text(recipe, text) for text in encoders.encode_text(captions)]
-    rows = [
-        Row({"text_embedding": text}, {"id": f"prompt-{i}", "caption": caption})
-        for i, (caption, text) in enumerate(zip(captions, embeddings, strict=True))
-    ]
+    """Encode prompts and their first images into ``validation.parquet``."""
+    logger.info("encoding %d prompts", len(prompts))
+    rows = (_prompt_row(recipe, i, prompt, encoders) for i, prompt in enumerate(prompts))
     write_shard(store.validation, rows, schema=PROMPT_SCHEMA, contents=contents, point="prompts")
+
+
+def _prompt_row(recipe: Recipe, index: int, prompt: PromptToEncode, encoders: Encoders) -> Row:
+    texts = encoders.encode_text([prompt.caption])
+    tensors = _texts(recipe, texts)
+    if prompt.image is not None:
+        size = {"height": prompt.height, "width": prompt.width}
+        image_HWC = first_image(prompt.image, **size)
+        found = encoders.encode_image(image_HWC, num_frames=prompt.num_frames)
+        tensors |= _cast(recipe, found, name=f"prompt {index}")
+        pixels_CHW = torch.from_numpy(image_HWC.copy()).permute(2, 0, 1)
+        tensors["pil_image"] = pixels_CHW.float() if _all_float32(recipe) else pixels_CHW
+    return Row(tensors, {"id": f"prompt-{index}", **prompt.values})
 
 
 def _encode(
@@ -114,30 +192,39 @@ def _encode(
 
 
 def _row(recipe: Recipe, clip: ClipRow, frames_FHWC: Frames, encoders: Encoders) -> Row:
-    latents = {
-        name: cast(tensor, recipe.shards.dtype, clip=clip.id)
-        for name, tensor in encoders.encode_video(frames_FHWC).items()
-    }
-    first, *more = (_text(recipe, text) for text in encoders.encode_text(clip.captions))
-    tensors = {**latents, "text_embedding": first}
-    if more:
-        tensors["more_text_embeddings"] = torch.cat(more)
-    values = {
+    latents = _cast(recipe, encoders.encode_video(frames_FHWC), name=clip.id)
+    texts = encoders.encode_text(clip.captions)
+    values = _values(recipe, clip, latents["vae_latent"], texts)
+    return Row({**latents, **_texts(recipe, texts)}, values)
+
+
+def _values(
+    recipe: Recipe, clip: ClipRow, latent_CTYX: Tensor, texts: Sequence[Text]
+) -> dict[str, Any]:
+    return {
         "id": clip.id,
         "file_name": Path(clip.path).name,
         "caption": clip.captions[0],
         "media_type": "video",
         "width": recipe.clip.width,
         "height": recipe.clip.height,
-        "num_frames": latents["vae_latent"].shape[1],
+        "num_frames": latent_CTYX.shape[1],
         "duration_sec": recipe.clip.num_frames / recipe.clip.fps,
         "fps": recipe.clip.fps,
-        "more_text_lengths": [len(text) for text in more],
+        "more_text_lengths": [len(text.embedding) for text in texts[1:]],
         "more_captions": list(clip.captions[1:]),
     }
-    return Row(tensors, values)
 
 
-def _text(recipe: Recipe, embedding_LD: Tensor) -> Tensor:
+def _cast(recipe: Recipe, found: Mapping[str, Tensor], *, name: str) -> dict[str, Tensor]:
+    return {key: cast(t, recipe.shards.dtype, clip=name) for key, t in found.items()}
+
+
+def _texts(recipe: Recipe, texts: Sequence[Text]) -> dict[str, Tensor]:
     """Text keeps the encoder's dtype, unless all tensors are asked for in float32."""
-    return embedding_LD.float() if recipe.shards.dtype == "float32" else embedding_LD
+    tensors = text_tensors(texts)
+    return {k: t.float() for k, t in tensors.items()} if _all_float32(recipe) else tensors
+
+
+def _all_float32(recipe: Recipe) -> bool:
+    return recipe.shards.dtype == "float32"

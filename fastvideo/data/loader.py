@@ -7,7 +7,15 @@ Axes: C channels, T/Y/X latent frames, rows, columns, L text tokens, D text dime
 import collections
 import concurrent.futures
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,7 +24,8 @@ import torch
 from torch import Tensor
 
 from fastvideo import hashing, state
-from fastvideo.data.shard import StoredTensor, stored_tensor
+from fastvideo.data.shard import StoredTensor, read_texts, stored_tensor
+from fastvideo.models.family import Text
 from fastvideo.state import ShardStore
 
 T = TypeVar("T")
@@ -24,35 +33,47 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip as stored: raw latent (C, T, Y, X) and the embedding (L, D) of each caption."""
+    """One clip as stored: raw latent (C, T, Y, X), each caption, and what its first frame became.
+
+    ``images`` holds ``first_frame_latent`` (C, T, Y, X) and ``clip_feature`` (N, D), as the model
+    needs them.
+    """
 
     id: str
     vae_latent: Tensor
-    texts: tuple[Tensor, ...]
+    texts: tuple[Text, ...]
+    images: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class _Entry:
-    id: str
-    vae_latent: StoredTensor
-    text: StoredTensor
-    more_text: StoredTensor | None
-    more_lengths: tuple[int, ...]
+    path: Path
+    row: Mapping[str, Any]
+    latent: StoredTensor
+    images: Mapping[str, StoredTensor]
+
+
+IMAGE_COLUMNS = ("clip_feature", "first_frame_latent")
 
 
 class Samples:
     """Random access to the clips of one split, in the order of shards and rows."""
 
-    def __init__(self, store: ShardStore, *, split: Literal["train", "heldout"]) -> None:
+    def __init__(
+        self, store: ShardStore, *, split: Literal["train", "heldout"], columns: Collection[str]
+    ) -> None:
         """Index the complete shards of the plan; no Parquet footer is read.
+
+        ``columns`` are the tensors that a sample is made of, which the shards must hold.
 
         Raises:
             UserError: No plan, or shards that are missing.
         """
         plan = state.complete_plan(store)
         splits = dict(_splits(store))
+        images = [name for name in IMAGE_COLUMNS if name in columns]
         self._entries = [
-            _entry(store.shard(index), row)
+            _entry(store.shard(index), row, images)
             for index in state.shard_indices(plan)
             for row in _rows(store, plan, index)
             if splits[row["id"]] == split
@@ -65,10 +86,9 @@ class Samples:
     def __getitem__(self, index: int) -> Sample:
         """Read one clip from disk."""
         entry = self._entries[index]
-        texts = [entry.text.read()]
-        if entry.more_text is not None:
-            texts += entry.more_text.read().split(entry.more_lengths)
-        return Sample(entry.id, entry.vae_latent.read(), tuple(texts))
+        images = {name: stored.read() for name, stored in entry.images.items()}
+        texts = read_texts(entry.path, entry.row)
+        return Sample(entry.row["id"], entry.latent.read(), texts, images)
 
 
 def _splits(store: ShardStore) -> Iterator[tuple[str, str]]:
@@ -88,11 +108,11 @@ def _rows(store: ShardStore, plan: dict[str, Any], index: int) -> list[dict[str,
     return rows
 
 
-def _entry(path: Path, row: dict[str, Any]) -> _Entry:
-    latent, text = (stored_tensor(path, row, name) for name in ("vae_latent", "text_embedding"))
-    assert latent is not None and text is not None
-    more = stored_tensor(path, row, "more_text_embeddings")
-    return _Entry(row["id"], latent, text, more, tuple(row.get("more_text_lengths", ())))
+def _entry(path: Path, row: dict[str, Any], images: Sequence[str]) -> _Entry:
+    found = {name: stored_tensor(path, row, name) for name in ("vae_latent", *images)}
+    places = {name: stored for name, stored in found.items() if stored is not None}
+    assert len(places) == len(found), f"{path}: a row lacks what its settings promise"
+    return _Entry(path, row, places.pop("vae_latent"), places)
 
 
 @dataclass(frozen=True)

@@ -4,67 +4,26 @@
 import collections
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastvideo import atomic, hashing, state
-from fastvideo.config.recipe import MergedSource, Recipe
+from fastvideo.config.recipe import ParquetSource, Recipe
+from fastvideo.data.adopt import judge_parquet
 from fastvideo.data.changes import log_changes
 from fastvideo.data.decode import DECODE_SETTINGS, VideoInfo
-from fastvideo.data.examine import Examined, examine
-from fastvideo.data.filters import reject_captions, reject_video, usable_captions
-from fastvideo.data.source import Item, read_merged
+from fastvideo.data.examine import Examined
+from fastvideo.data.judge import ClipRow, judge_merged
 from fastvideo.errors import UserError
 from fastvideo.log import logger
 from fastvideo.state import ShardStore
-
-
-@dataclass(frozen=True)
-class ClipRow:
-    """What is known and decided about one input item."""
-
-    item: int
-    """Position in the source, from 0."""
-    id: str
-    """The path as the source writes it; empty if there is none."""
-    path: str
-    """The file, relative to ``videos/``; empty if the item cannot be used."""
-    captions: tuple[str, ...]
-    """Usable captions; all of them where none is."""
-    split: str
-    """``train`` or ``heldout``; empty without an id."""
-    state: Literal["accepted", "filtered", "failed"]
-    reason: str
-    """Why it is not accepted, in snake_case."""
-    detail: str
-    """The same for people, with the offending value."""
-    shard: int | None
-    """None unless accepted."""
-    row: int | None
-    """Position in the shard; clips that fail later take none in the file."""
-    bytes: int
-    """Size of the file; this and what follows is 0 or empty if the file was not looked at."""
-    mtime_ns: int
-    """Time of its last change."""
-    sha256: str
-    """Of its content."""
-    width: int
-    """This and what follows is as in `VideoInfo`."""
-    height: int
-    fps: float
-    num_frames: int
-    duration_s: float
-    rotation: int
-    codec: str
-
 
 _INT, _TEXT = pa.int64(), pa.string()
 _SCHEMA = pa.schema(
@@ -107,14 +66,7 @@ def plan_manifest(recipe: Recipe, *, store: ShardStore, settings: dict[str, Any]
     """
     settings = json.loads(hashing.canonical(settings))
     previous = _read_previous(store)
-    items = read_merged(recipe.source)
-    videos = recipe.source.path.absolute() / "videos"
-    paths = {i.index: str(i.path.relative_to(videos)) for i in items if i.path is not None}
-    files = {paths[i.index]: i.path for i in items if i.path is not None}
-    workers = recipe.preprocess.decode_workers
-    known = previous.examined()
-    examined = examine(files, known=known, journal=store.probes, workers=workers)
-    rows = _judge(items, recipe=recipe, paths=paths, examined=examined)
+    rows = _judged(recipe, store=store, settings=settings, previous=previous)
     rows, next_shard = _place(rows, previous=previous, rows_per_shard=recipe.shards.rows)
     manifest = Manifest(rows, settings, next_shard)
     plan = _write(manifest, store=store)
@@ -146,83 +98,15 @@ def shard_fingerprint(settings: Mapping[str, Any], rows: Sequence[ClipRow]) -> s
     return _fingerprint(settings, {row.id: (row.sha256, row.captions) for row in rows})
 
 
-# ---------------------------------------------------------------- judge
-
-
-def _judge(
-    items: Sequence[Item],
-    *,
-    recipe: Recipe,
-    paths: Mapping[int, str],
-    examined: Mapping[str, Examined],
+def _judged(
+    recipe: Recipe, *, store: ShardStore, settings: dict[str, Any], previous: "Manifest"
 ) -> list[ClipRow]:
-    """Rows without places; of files with the same content the first accepted one counts."""
-    rows: list[ClipRow] = []
-    first_with: dict[str, str] = {}
-    for item in items:
-        path = paths.get(item.index, "")
-        row = _judge_one(item, path=path, file=examined.get(path), recipe=recipe)
-        if row.state == "accepted" and not recipe.source.filters.allow_duplicates:
-            twin = first_with.setdefault(row.sha256, row.id)
-            if twin != row.id:
-                detail = f"the same content as {twin!r}"
-                row = _with_verdict(row, "filtered", "duplicate_content", detail)
-        rows.append(row)
-    return rows
-
-
-def _judge_one(item: Item, *, path: str, file: Examined | None, recipe: Recipe) -> ClipRow:
-    filters = recipe.source.filters
-    captions = usable_captions(item.captions, filters=filters) or item.captions
-    row = _row(item, path=path, file=file, captions=captions, source=recipe.source)
-    if item.problem is not None:
-        return _with_verdict(row, *item.problem)
-    assert file is not None
-    if file.fault is not None:
-        return _with_verdict(row, "failed", *file.fault)
-    assert file.info is not None
-    rejected = reject_captions(captions, filters=filters)
-    rejected = rejected or reject_video(file.info, clip=recipe.clip, filters=filters)
-    return _with_verdict(row, "filtered", *rejected) if rejected else row
-
-
-def _row(
-    item: Item,
-    *,
-    path: str,
-    file: Examined | None,
-    captions: tuple[str, ...],
-    source: MergedSource,
-) -> ClipRow:
-    info = file.info if file and file.info else VideoInfo(0, 0, 0, 0.0, 0, 0.0, "")
-    return ClipRow(
-        item=item.index,
-        id=item.id,
-        path=path,
-        captions=captions,
-        split=(item.split or _seeded_split(item.id, source=source)) if item.id else "",
-        state="accepted",
-        reason="",
-        detail="",
-        shard=None,
-        row=None,
-        bytes=file.bytes if file else 0,
-        mtime_ns=file.mtime_ns if file else 0,
-        sha256=file.sha256 if file else "",
-        **vars(info),
-    )
-
-
-def _with_verdict(
-    row: ClipRow, verdict: Literal["filtered", "failed"], reason: str, detail: str
-) -> ClipRow:
-    return dataclasses.replace(row, state=verdict, reason=reason, detail=detail)
-
-
-def _seeded_split(clip: str, *, source: MergedSource) -> str:
-    """The same for a clip whatever other clips there are."""
-    digest = hashlib.sha256(f"{source.heldout_seed}:{clip}".encode()).digest()
-    return "heldout" if int.from_bytes(digest[:8], "big") < source.heldout * 2**64 else "train"
+    """A row per item of the source, without places."""
+    source = recipe.source
+    if isinstance(source, ParquetSource):
+        return judge_parquet(recipe, source, store=store, columns=settings["columns"])
+    known = previous.examined()
+    return judge_merged(recipe, source, known=known, journal=store.probes)
 
 
 # ---------------------------------------------------------------- place

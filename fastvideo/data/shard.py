@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shard contract: Parquet schema, markers, atomic write and direct reads of one tensor.
 
-Columns and their meaning follow upstream FastVideo's T2V schema (``pyarrow_schema_t2v``), ours come
-after. One row group per sample, not compressed, no dictionary, no statistics: each tensor lies in
-the file as one run of bytes whose place the marker records, so that training reads it with one
-``pread`` and needs no footer.
+Columns and their meaning follow upstream FastVideo's schemas, ours come after. One row group per
+sample, not compressed, no dictionary, no statistics: each tensor lies in the file as one run of
+bytes whose place the marker records, so that training reads it with one ``pread`` and needs no
+footer.
 """
 
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastvideo import __version__, atomic, hashing, state
 from fastvideo.errors import UserError
+from fastvideo.models.family import Text
 
 _TENSOR = {"bytes": pa.binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()}
 
@@ -30,35 +31,59 @@ def _tensor_columns(*names: str) -> list[pa.Field]:
     return [pa.field(f"{name}_{part}", kind) for name in names for part, kind in _TENSOR.items()]
 
 
-SHARD_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string()),
-        *_tensor_columns("vae_latent", "text_embedding"),
-        pa.field("file_name", pa.string()),
-        pa.field("caption", pa.string()),
-        pa.field("media_type", pa.string()),
-        pa.field("width", pa.int64()),
-        pa.field("height", pa.int64()),
-        pa.field("num_frames", pa.int64()),
-        pa.field("duration_sec", pa.float64()),
-        pa.field("fps", pa.float64()),
-        # ours: the second and further captions of a clip, their embeddings one below the other
-        *_tensor_columns("more_text_embeddings"),
-        pa.field("more_text_lengths", pa.list_(pa.int64())),
-        pa.field("more_captions", pa.list_(pa.string())),
-    ]
-)
-"""A clip per row. ``num_frames`` counts latent frames and sizes are pixels, as upstream has it;
-``vae_latent`` (C, T, Y, X) is raw, ``text_embedding`` (L, D) holds the valid tokens only."""
+_CLIP_COLUMNS = [
+    pa.field("file_name", pa.string()),
+    pa.field("caption", pa.string()),
+    pa.field("media_type", pa.string()),
+    pa.field("width", pa.int64()),
+    pa.field("height", pa.int64()),
+    pa.field("num_frames", pa.int64()),
+    pa.field("duration_sec", pa.float64()),
+    pa.field("fps", pa.float64()),
+]
+_IMAGE_COLUMNS = _tensor_columns("clip_feature", "first_frame_latent", "pil_image")
+_POOLED = "pooled_text_embedding"
+
+
+def shard_schema(columns: Collection[str]) -> pa.Schema:
+    """A clip per row, for models that train on the tensors ``columns``.
+
+    Upstream's ``pyarrow_schema_t2v``, or with a first-frame latent its ``pyarrow_schema_i2v``, and
+    ours after them: HunyuanVideo's pooled text, and the second and further captions of a clip with
+    their embeddings one below the other. ``num_frames`` counts latent frames and sizes are pixels,
+    as upstream has it; ``vae_latent`` (C, T, Y, X) is raw, ``first_frame_latent`` of that shape is
+    normalised, ``text_embedding`` (L, D) holds the valid tokens only.
+    """
+    pooled = _POOLED in columns
+    return pa.schema(
+        [
+            pa.field("id", pa.string()),
+            *_tensor_columns("vae_latent", "text_embedding"),
+            *(_IMAGE_COLUMNS if "first_frame_latent" in columns else ()),
+            *_CLIP_COLUMNS,
+            *(_tensor_columns(_POOLED) if pooled else ()),
+            *_tensor_columns("more_text_embeddings"),
+            *(_tensor_columns(f"more_{_POOLED}s") if pooled else ()),
+            pa.field("more_text_lengths", pa.list_(pa.int64())),
+            pa.field("more_captions", pa.list_(pa.string())),
+        ]
+    )
+
 
 PROMPT_SCHEMA = pa.schema(
     [
         pa.field("id", pa.string()),
         *_tensor_columns("text_embedding"),
         pa.field("caption", pa.string()),
+        *_tensor_columns(_POOLED),
+        *_IMAGE_COLUMNS,
+        pa.field("num_frames", pa.int64()),
+        pa.field("height", pa.int64()),
+        pa.field("width", pa.int64()),
     ]
 )
-"""A prompt per row, upstream's text-only schema."""
+"""A prompt per row: upstream's text-only schema, then what ours adds. ``pil_image`` (3, H, W) is
+the first image in RGB; ``num_frames`` here counts pixel frames of the video to sample."""
 
 
 @dataclass(frozen=True)
@@ -168,20 +193,47 @@ def stored_tensor(path: Path, row: Mapping[str, Any], name: str) -> StoredTensor
     )
 
 
-def read_prompts(store: state.ShardStore, *, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Embeddings (L, D) of ``validation.parquet`` by caption; the empty prompt is ``""``.
+def text_tensors(texts: Sequence[Text]) -> dict[str, Tensor]:
+    """The tensors by column of a clip's captions, of which there is one at least."""
+    first, *more = texts
+    tensors = {"text_embedding": first.embedding}
+    if more:
+        tensors["more_text_embeddings"] = torch.cat([text.embedding for text in more])
+    if first.pooled is not None:
+        tensors[_POOLED] = first.pooled
+        if more:
+            pooled = [text.pooled for text in more if text.pooled is not None]
+            tensors[f"more_{_POOLED}s"] = torch.stack(pooled)
+    return tensors
+
+
+def read_texts(path: Path, row: Mapping[str, Any]) -> tuple[Text, ...]:
+    """The captions of a marker's row, as `text_tensors` took them apart."""
+    found = {name: _read(path, row, name) for name in row["tensors"] if "text" in name}
+    embeddings = [found["text_embedding"]]
+    pooled: list[Tensor | None] = [found.get(_POOLED)]
+    if "more_text_embeddings" in found:
+        embeddings += found["more_text_embeddings"].split(row["more_text_lengths"])
+        pooled += found.get(f"more_{_POOLED}s", [None] * len(row["more_text_lengths"]))
+    return tuple(Text(*parts) for parts in zip(embeddings, pooled, strict=True))
+
+
+def _read(path: Path, row: Mapping[str, Any], name: str) -> Tensor:
+    stored = stored_tensor(path, row, name)
+    assert stored is not None
+    return stored.read()
+
+
+def read_empty_prompt(store: state.ShardStore, *, settings: Mapping[str, Any]) -> Text:
+    """The encoded empty prompt of ``validation.parquet``.
 
     ``settings`` are those of the shards; prompts encoded otherwise are refused.
     """
     marker = state.read_marker(store.validation)
     if marker is None or marker["settings"] != settings:
         raise UserError(f"{store.validation}: is missing or out of date; run preprocess")
-    embeddings = {}
-    for row in marker["rows"]:
-        stored = stored_tensor(store.validation, row, "text_embedding")
-        assert stored is not None
-        embeddings[row["caption"]] = stored.read()
-    return embeddings
+    row = next(row for row in marker["rows"] if row["caption"] == "")
+    return read_texts(store.validation, row)[0]
 
 
 def cast(tensor: Tensor, dtype: str, *, clip: str) -> Tensor:
@@ -189,13 +241,13 @@ def cast(tensor: Tensor, dtype: str, *, clip: str) -> Tensor:
     stored = tensor.to(getattr(torch, dtype))
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(
-            f"clip {clip!r}: the VAE made a latent that is not finite; set shards.vae_dtype: "
+            f"clip {clip!r}: an encoder made values that are not finite; set shards.vae_dtype: "
             "float32, or filter the clip out"
         )
     if not bool(torch.isfinite(stored).all()):
         largest = float(tensor.abs().max())
         raise UserError(
-            f"clip {clip!r}: its latent reaches {largest:g}, which {dtype} cannot hold; set "
+            f"clip {clip!r}: its tensors reach {largest:g}, which {dtype} cannot hold; set "
             "shards.dtype: float32"
         )
     return stored

@@ -1,20 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over whole sequences; the one place where sparse and parallel variants plug in.
 
-Axes: B batch, S tokens of the video, H heads, K head dimension.
+Axes: B batch, S query tokens, N key tokens, H heads, K head dimension.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine of each position's angles, float32 (1, S, 1, K), every angle twice in a row."""
 
-def dense(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
+
+def dense(
+    q_BSHK: Tensor, k_BNHK: Tensor, v_BNHK: Tensor, *, mask_B11N: Tensor | None = None
+) -> Tensor:
     """Softmax attention with scale ``K ** -0.5``; key length may differ from query length.
+
+    Args:
+        q_BSHK: Queries.
+        k_BNHK: Keys.
+        v_BNHK: Values.
+        mask_B11N: bool, False where a key takes no part.
 
     Returns:
         (B, S, H, K) of the dtype of ``q``.
     """
     out_BHSK = F.scaled_dot_product_attention(
-        q_BSHK.transpose(1, 2), k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2)
+        q_BSHK.transpose(1, 2), k_BNHK.transpose(1, 2), v_BNHK.transpose(1, 2), attn_mask=mask_B11N
     )
     return out_BHSK.transpose(1, 2)
+
+
+def rotate(x_BSHK: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate neighbouring pairs of channels by the position's angle (Su et al., 2021)."""
+    cos, sin = (table[..., ::2] for table in rotary)
+    even, odd = x_BSHK.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return pairs.flatten(-2).to(x_BSHK.dtype)

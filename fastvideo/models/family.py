@@ -5,17 +5,15 @@ Axes: F pixel frames, C latent channels, T/Y/X latent frames, rows, columns, L t
 dimension, B batch.
 """
 
-import contextlib
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,9 +34,48 @@ class LatentStatistics:
             1.0 / self._column(self.std, raw_BCTYX)
         )
 
+    def denormalise(self, normalised_BCTYX: "torch.Tensor") -> "torch.Tensor":
+        """Return the raw latent that `normalise` takes."""
+        std = self._column(self.std, normalised_BCTYX)
+        return normalised_BCTYX * std + self._column(self.mean, normalised_BCTYX)
+
     @staticmethod
     def _column(values: tuple[float, ...], like: "torch.Tensor") -> "torch.Tensor":
         return like.new_tensor(values).view(-1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A caption as the transformer takes it."""
+
+    embedding: "torch.Tensor"
+    """(L, D), valid tokens only."""
+    pooled: "torch.Tensor | None" = None
+    """(P,), where the model has a second text encoder."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of a training step, on the device, float32."""
+
+    latents: "torch.Tensor"
+    """(B, C, T, Y, X), normalised."""
+    noise: "torch.Tensor"
+    """(B, C, T, Y, X)."""
+    sigma: "torch.Tensor"
+    """(B,)."""
+    texts: tuple[Text, ...]
+    images: "Mapping[str, torch.Tensor]"
+    """What the first frame became, by column: ``first_frame_latent`` (B, C, T, Y, X), normalised,
+    and ``clip_feature`` (B, 257, D); empty for models that need neither."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The noise levels ``low <= sigma < high`` of one expert; the whole range with one model."""
+
+    low: float = 0.0
+    high: float = 1.0
 
 
 class Encoders(Protocol):
@@ -47,8 +84,13 @@ class Encoders(Protocol):
     def encode_video(self, frames_FHWC: npt.NDArray[np.uint8]) -> "Mapping[str, torch.Tensor]":
         """Return the tensors of a clip by column name; ``vae_latent`` (C, T, Y, X) is raw."""
 
-    def encode_text(self, captions: Sequence[str]) -> "list[torch.Tensor]":
-        """Return (L, D) of each caption, valid tokens only."""
+    def encode_text(self, captions: Sequence[str]) -> list[Text]:
+        """Encode captions one by one."""
+
+    def encode_image(
+        self, image_HWC: npt.NDArray[np.uint8], *, num_frames: int
+    ) -> "Mapping[str, torch.Tensor]":
+        """Return what a first image of a video of ``num_frames`` gives to sampling, by column."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +102,33 @@ class EncoderSettings:
     device: str
 
 
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How a pipeline computes; see ``fastvideo.config.recipe.Generate``."""
+
+    dtype: str
+    device: str
+    offload: str = "none"
+    vae_tiling: bool = False
+    flow_shift: float | None = None
+
+
 class Family(Protocol):
-    """One architecture: everything that differs between Wan2.1, Wan2.2 and HunyuanVideo."""
+    """One architecture and task: everything that differs between the models of this suite."""
+
+    pipeline: str
+    """Class of diffusers that samples the task."""
+    clean_frames: int
+    """Latent frames at the start that are given clean and stay out of the loss."""
 
     def check(self, path: Path) -> None:
-        """Refuse a checkpoint of another architecture with a ``UserError``; needs no torch."""
+        """Refuse a checkpoint of another family or task with a ``UserError``; needs no torch."""
+
+    def columns(self, path: Path) -> tuple[str, ...]:
+        """Tensors a training sample is made of, by column, as the checkpoint's configs say."""
 
     def encoder_parts(self, path: Path) -> dict[str, list[Path]]:
-        """Files that decide what the encoders compute, by part (``vae``, ``text``)."""
+        """Files that decide what the encoders compute, by part (``vae``, ``text``, ``image``)."""
 
     def latent_statistics(self, path: Path) -> LatentStatistics:
         """Read them from the VAE's configuration, without weights."""
@@ -75,95 +136,59 @@ class Family(Protocol):
     def flow_shift(self, path: Path) -> float:
         """The shift of the checkpoint's own sampler."""
 
+    def interval(self, path: Path, *, folder: str) -> Interval:
+        """The noise levels that the transformer in ``folder`` denoises."""
+
+    def upstream_text(self, path: Path, embedding_LD: "torch.Tensor") -> Text:
+        """Take apart what upstream FastVideo's Parquet has as ``text_embedding``."""
+
     def load_encoders(self, path: Path, *, settings: EncoderSettings) -> Encoders:
-        """Load VAE and text encoder."""
+        """Load VAE, text encoders and, where the model uses one, the image encoder."""
 
-    def load_transformer(self, path: Path, *, folder: str) -> "ModelMixin":
-        """Load one transformer, all weights float32."""
+    def load_transformer(self, path: Path, *, folder: str, dtype: str = "float32") -> "ModelMixin":
+        """Load one transformer; diffusers keeps some of its parts in float32."""
 
-    def predict(
+    def arguments(self, batch: Batch) -> "dict[str, torch.Tensor]":
+        """Noise the batch; the result is what the pipeline passes to its transformer, by name."""
+
+    def forward(
         self,
         model: "torch.nn.Module",
+        arguments: "Mapping[str, torch.Tensor]",
         *,
-        noised_BCTYX: "torch.Tensor",
-        sigma_B: "torch.Tensor",
-        text: "Sequence[torch.Tensor]",
         activation_checkpointing: bool,
     ) -> "torch.Tensor":
-        """Predict the flow (B, C, T, Y, X); ``text`` holds (L, D) of each sample, not padded."""
+        """Predict the flow (B, C, T, Y, X)."""
 
-    def load_pipeline(self, path: Path, *, dtype: str, device: str) -> "DiffusionPipeline":
-        """Load the diffusers pipeline; the VAE stays float32."""
-
-
-def find_family(name: str) -> Family:
-    """Return the family called ``name`` in recipes."""
-    if name == "wan2.1":
-        from fastvideo.models.wan import Wan21
-
-        return Wan21()
-    raise AssertionError(name)  # the recipe has checked it
+    def load_pipeline(
+        self,
+        path: Path,
+        *,
+        settings: SamplerSettings,
+        transformers: "Mapping[str, ModelMixin]",
+    ) -> "DiffusionPipeline":
+        """Load the diffusers pipeline of the task, ``transformers`` instead of the folder's."""
 
 
-def find_model(path: str) -> Path:
-    """Return the folder of a model: a local one, or a snapshot of a Hugging Face repository.
+def find_family(recipe: Recipe) -> Family:
+    """Return the family and task that a recipe names."""
+    model = recipe.model
+    if model.family == "wan2.1":
+        from fastvideo.models.wan21 import Wan21
 
-    Raises:
-        UserError: There is no such folder, and the Hub has it not or cannot be reached.
-    """
-    folder = Path(path).expanduser()
-    if (folder / "model_index.json").is_file():
-        return folder
-    if folder.exists():
-        raise UserError(f"model.path={path}: has no model_index.json; give a diffusers folder")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path, re.ASCII):
-        raise UserError(f"model.path={path}: there is no such folder")
-    return _from_hub(path)
+        return Wan21(model)
+    if model.family == "wan2.2-a14b":
+        from fastvideo.models.wan22_a14b import Wan22A14B
 
+        return Wan22A14B(model)
+    if model.family == "wan2.2-ti2v-5b":
+        from fastvideo.models.wan22_ti2v import Wan22TI2V
 
-def _from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        return Wan22TI2V(model)
+    assert model.family == "hunyuan-video"
+    from fastvideo.models.hunyuan import HunyuanVideo
 
-    try:
-        return Path(snapshot_download(repository))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"model.path={repository}: neither a folder here nor in the Hugging Face cache, and "
-            f"the Hub did not give it ({reason}); fetch it where there is a network with "
-            f"`hf download {repository}`, or write the path of a folder"
-        ) from None
-
-
-def read_config(path: Path, name: str) -> dict[str, Any]:
-    """Read a JSON file of a model folder."""
-    try:
-        config = json.loads((path / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"model.path={path}: has no {name}; give a whole diffusers folder"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"model.path={path}: {name} is damaged ({error}); fetch it again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"model.path={path}: {name} is damaged (no table); fetch it again")
-    return config
-
-
-@contextlib.contextmanager
-def loading(path: Path, part: str) -> Iterator[None]:
-    """Turn what the libraries raise on a missing, cut or foreign part into a ``UserError``."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"model.path={path}: its {part} cannot be loaded ({reason}); fetch it again, or give "
-            "a whole diffusers folder of the recipe's model.family"
-        ) from error
+    return HunyuanVideo(model, guidance=recipe.train.guidance or 1.0)
 
 
 def quiet_libraries() -> None:
@@ -173,6 +198,30 @@ def quiet_libraries() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def set_up(pipeline: "DiffusionPipeline", settings: SamplerSettings) -> "DiffusionPipeline":
+    """Bring a loaded pipeline to its device with the memory options.
+
+    Raises:
+        UserError: Offloading where there is no GPU to offload from.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    if settings.flow_shift is not None:
+        scheduler = pipeline.scheduler
+        key = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+        pipeline.scheduler = scheduler.from_config(scheduler.config, **{key: settings.flow_shift})
+    if settings.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if settings.offload == "none":
+        return pipeline.to(settings.device)
+    if settings.device == "cpu":
+        raise UserError(f"generate.offload={settings.offload}: is for a GPU; use none on the CPU")
+    if settings.offload == "model":
+        pipeline.enable_model_cpu_offload(device=settings.device)
+    else:
+        pipeline.enable_sequential_cpu_offload(device=settings.device)
+    return pipeline
 
 
 def pick_device(wanted: str) -> str:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward pass of Wan's transformer over diffusers' modules: entry, blocks, exit.
 
-Equal to ``diffusers.WanTransformer3DModel.forward`` for the same parameters; written out so that
-attention, sequence layout and fused operations can be exchanged.
+Equal to ``diffusers.WanTransformer3DModel.forward`` for the same parameters and arguments, in text-
+and image-to-video models of Wan2.1 and Wan2.2; written out so that attention, sequence layout and
+fused operations can be exchanged.
 
 Axes: B batch, C channels, T/Y/X latent frames, rows and columns, S tokens of the video, L tokens of
-the text, D model dimension, H heads, K head dimension, M the six modulations of a block.
+the text, I tokens of the image, D model dimension, H heads, K head dimension, M modulations. G are
+runs of S / G consecutive video tokens with one timestep: the sample, a latent frame, or a token.
 """
 
 from collections.abc import Callable
@@ -19,118 +21,162 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvideo.models import attention
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosine and sine tables (1, S, 1, K)."""
-
 
 @dataclass(frozen=True)
 class Conditioning:
     """What every block sees beside the tokens."""
 
+    modulation_BGMD: Tensor
     text_BLD: Tensor
-    modulation_BMD: Tensor
-    rotary: Rotary
+    image_BID: Tensor | None
+    rotary: attention.Rotary
 
 
 def forward(
     model: WanTransformer3DModel,
     *,
-    latents_BCTYX: Tensor,
-    timestep_B: Tensor,
-    text_BLD: Tensor,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_image: Tensor | None = None,
     activation_checkpointing: bool = False,
 ) -> Tensor:
-    """Predict the flow of noised latents.
+    """Predict the flow of noised latents; the names of the inputs are those of diffusers.
 
     Args:
         model: Parameters and configuration.
-        latents_BCTYX: Noised, normalised latents; T, Y, X divisible by the patch.
-        timestep_B: sigma * 1000, float32.
-        text_BLD: Text embedding, zero rows up to the length the model was trained with.
+        hidden_states: (B, C, T, Y, X), noised, normalised latents and what the checkpoint wants
+            beside them; T, Y, X divisible by the patch.
+        timestep: sigma * 1000, float32: (B,), or (B, S) of each video token in order of T, Y, X.
+        encoder_hidden_states: (B, L, text dimension), text with zero rows up to the length the
+            model was trained with.
+        encoder_hidden_states_image: (B, I, image dimension), CLIP features, where the
+            configuration has ``image_dim``, and there only.
         activation_checkpointing: Keep only the input of each block for the backward pass.
 
     Returns:
-        (B, C, T, Y, X).
+        (B, C, T, Y, X), C as the configuration's ``out_channels``.
     """
-    tokens_BSD, condition, time_BD = entry(
-        model, latents_BCTYX=latents_BCTYX, timestep_B=timestep_B, text_BLD=text_BLD
+    tokens_BSD, condition, time_BGD = entry(
+        model,
+        latents_BCTYX=hidden_states,
+        timestep=timestep,
+        text_BLD=encoder_hidden_states,
+        image_BID=encoder_hidden_states_image,
     )
     run: Callable[..., Tensor] = _checkpointed if activation_checkpointing else block
     for layer in model.blocks:
         tokens_BSD = run(layer, tokens_BSD, condition)
-    return leave(model, tokens_BSD, time_BD, shape=latents_BCTYX.shape[2:])
+    return leave(model, tokens_BSD, time_BGD, shape=hidden_states.shape[2:])
 
 
 def entry(
-    model: WanTransformer3DModel, *, latents_BCTYX: Tensor, timestep_B: Tensor, text_BLD: Tensor
+    model: WanTransformer3DModel,
+    *,
+    latents_BCTYX: Tensor,
+    timestep: Tensor,
+    text_BLD: Tensor,
+    image_BID: Tensor | None = None,
 ) -> tuple[Tensor, Conditioning, Tensor]:
-    """Patchify and embed: tokens (B, S, D), what blocks are conditioned on, time (B, D)."""
-    rotary = model.rope(latents_BCTYX)
-    tokens_BSD = model.patch_embedding(latents_BCTYX).flatten(2).transpose(1, 2).contiguous()
+    """Patchify and embed: tokens (B, S, D), what blocks are conditioned on, time (B, G, D)."""
     embed = model.condition_embedder
-    # Pipelines keep the time embedding in float32; bfloat16 cannot tell step 987 from 988.
-    with torch.autocast(timestep_B.device.type, enabled=False):
-        time_dtype = embed.time_embedder.linear_1.weight.dtype
-        time_BD = embed.time_embedder(embed.timesteps_proj(timestep_B).to(time_dtype))
-    time_BD = time_BD.to(text_BLD.dtype)
-    modulation_BMD = embed.time_proj(embed.act_fn(time_BD)).unflatten(1, (6, -1))
-    condition = Conditioning(embed.text_embedder(text_BLD), modulation_BMD, rotary)
-    return tokens_BSD, condition, time_BD
+    assert (image_BID is None) == (embed.image_embedder is None)
+    frames_BDTYX = model.patch_embedding(latents_BCTYX)
+    time_BGD = _embed_time(model, _runs(timestep, num_frames=frames_BDTYX.shape[2]))
+    time_BGD = time_BGD.to(text_BLD.dtype)
+    condition = Conditioning(
+        modulation_BGMD=embed.time_proj(embed.act_fn(time_BGD)).unflatten(2, (6, -1)),
+        text_BLD=embed.text_embedder(text_BLD),
+        image_BID=None if image_BID is None else embed.image_embedder(image_BID),
+        rotary=model.rope(latents_BCTYX),
+    )
+    return frames_BDTYX.flatten(2).transpose(1, 2).contiguous(), condition, time_BGD
+
+
+def _runs(timestep: Tensor, *, num_frames: int) -> Tensor:
+    """Return (B, G) timesteps for (B,) or (B, S), with as small a G as their values allow.
+
+    Modulations of every token would take 2 GB at the size of Wan2.2 TI2V-5B, whose timesteps
+    differ between frames only. Looking at the values waits for the device, once per forward.
+    """
+    if timestep.ndim == 1:
+        return timestep.unsqueeze(1)
+    frames = timestep.unflatten(1, (num_frames, -1))
+    first = frames[:, :, :1]
+    return first.squeeze(2) if torch.equal(frames, first.expand_as(frames)) else timestep
+
+
+def _embed_time(model: WanTransformer3DModel, timestep_BG: Tensor) -> Tensor:
+    """Embed timesteps to (B, G, D) in the dtype of the embedder's weights, also under autocast.
+
+    Pipelines keep these weights in float32; bfloat16 cannot tell step 987 from 988.
+    """
+    embed = model.condition_embedder
+    with torch.autocast(timestep_BG.device.type, enabled=False):
+        waves = embed.timesteps_proj(timestep_BG.flatten()).unflatten(0, timestep_BG.shape)
+        time_BGD: Tensor = embed.time_embedder(waves.to(embed.time_embedder.linear_1.weight.dtype))
+    return time_BGD
 
 
 def block(layer: WanTransformerBlock, tokens_BSD: Tensor, condition: Conditioning) -> Tensor:
     """One transformer block; the residual stream keeps its dtype, sums are float32."""
-    modulation = layer.scale_shift_table + condition.modulation_BMD.float()
-    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.chunk(6, dim=1)
+    modulation_BGMD = layer.scale_shift_table + condition.modulation_BGMD.float()
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation_BGMD.unbind(2)
     dtype = tokens_BSD.dtype
 
-    normed = (layer.norm1(tokens_BSD.float()) * (1 + scale) + shift).to(dtype)
+    normed = modulate(layer.norm1(tokens_BSD.float()), scale_BGD=scale, shift_BGD=shift).to(dtype)
     attended = self_attention(layer.attn1, normed, condition.rotary)
-    tokens_BSD = (tokens_BSD.float() + attended * gate).to(dtype)
+    tokens_BSD = (tokens_BSD.float() + _per_run(attended, gate)).to(dtype)
 
     normed = layer.norm2(tokens_BSD.float()).to(dtype)
-    tokens_BSD = tokens_BSD + cross_attention(layer.attn2, normed, condition.text_BLD)
+    tokens_BSD = tokens_BSD + cross_attention(layer.attn2, normed, condition)
 
-    normed = (layer.norm3(tokens_BSD.float()) * (1 + ffn_scale) + ffn_shift).to(dtype)
-    out: Tensor = tokens_BSD.float() + layer.ffn(normed).float() * ffn_gate
+    normed = modulate(layer.norm3(tokens_BSD.float()), scale_BGD=ffn_scale, shift_BGD=ffn_shift)
+    out: Tensor = tokens_BSD.float() + _per_run(layer.ffn(normed.to(dtype)).float(), ffn_gate)
     return out.to(dtype)
 
 
-def self_attention(layer: WanAttention, tokens_BSD: Tensor, rotary: Rotary) -> Tensor:
+def modulate(x_BSD: Tensor, *, scale_BGD: Tensor, shift_BGD: Tensor) -> Tensor:
+    """Scale and shift each run of tokens by its own vectors."""
+    runs: Tensor = x_BSD.unflatten(1, (scale_BGD.shape[1], -1))
+    return (runs * (1 + scale_BGD.unsqueeze(2)) + shift_BGD.unsqueeze(2)).flatten(1, 2)
+
+
+def self_attention(layer: WanAttention, tokens_BSD: Tensor, rotary: attention.Rotary) -> Tensor:
     """Attention of the video tokens to each other, with rotary positions."""
-    q = _heads(layer, layer.norm_q(layer.to_q(tokens_BSD)))
-    k = _heads(layer, layer.norm_k(layer.to_k(tokens_BSD)))
+    q = attention.rotate(_heads(layer, layer.norm_q(layer.to_q(tokens_BSD))), rotary)
+    k = attention.rotate(_heads(layer, layer.norm_k(layer.to_k(tokens_BSD))), rotary)
     v = _heads(layer, layer.to_v(tokens_BSD))
-    return _out(layer, attention.dense(rotate(q, rotary), rotate(k, rotary), v))
-
-
-def cross_attention(layer: WanAttention, tokens_BSD: Tensor, text_BLD: Tensor) -> Tensor:
-    """Attention of the video tokens to the text; no mask, zero rows take part as in training."""
-    q = _heads(layer, layer.norm_q(layer.to_q(tokens_BSD)))
-    k = _heads(layer, layer.norm_k(layer.to_k(text_BLD)))
-    v = _heads(layer, layer.to_v(text_BLD))
     return _out(layer, attention.dense(q, k, v))
 
 
-def rotate(x_BSHK: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate neighbouring pairs of channels by the position's angle (Su et al., 2021)."""
-    cos, sin = (table[..., ::2] for table in rotary)
-    even, odd = x_BSHK.unflatten(-1, (-1, 2)).unbind(-1)
-    pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return pairs.flatten(-2).to(x_BSHK.dtype)
+def cross_attention(layer: WanAttention, tokens_BSD: Tensor, condition: Conditioning) -> Tensor:
+    """Attention of the video tokens to the text, plus that to the image with its own keys.
+
+    There is no mask: the zero rows after the text take part, as they did when Wan was trained.
+    """
+    q = _heads(layer, layer.norm_q(layer.to_q(tokens_BSD)))
+    k = _heads(layer, layer.norm_k(layer.to_k(condition.text_BLD)))
+    v = _heads(layer, layer.to_v(condition.text_BLD))
+    attended = attention.dense(q, k, v)
+    if condition.image_BID is not None:
+        k = _heads(layer, layer.norm_added_k(layer.add_k_proj(condition.image_BID)))
+        v = _heads(layer, layer.add_v_proj(condition.image_BID))
+        attended = attended + attention.dense(q, k, v)
+    return _out(layer, attended)
 
 
 def leave(
-    model: WanTransformer3DModel, tokens_BSD: Tensor, time_BD: Tensor, *, shape: torch.Size
+    model: WanTransformer3DModel, tokens_BSD: Tensor, time_BGD: Tensor, *, shape: torch.Size
 ) -> Tensor:
     """Final norm and projection, back to (B, C, T, Y, X) of the latent ``shape`` (T, Y, X)."""
-    shift, scale = (model.scale_shift_table + time_BD.unsqueeze(1)).chunk(2, dim=1)
-    normed = (model.norm_out(tokens_BSD.float()) * (1 + scale) + shift).to(tokens_BSD.dtype)
+    shift, scale = (model.scale_shift_table + time_BGD.unsqueeze(2)).unbind(2)
+    normed = modulate(model.norm_out(tokens_BSD.float()), scale_BGD=scale, shift_BGD=shift)
     patch = model.config.patch_size
     grid = [size // step for size, step in zip(shape, patch, strict=True)]
-    patches = model.proj_out(normed).unflatten(1, grid).unflatten(-1, (*patch, -1))
+    patches = model.proj_out(normed.to(tokens_BSD.dtype)).unflatten(1, grid)
     # B t y x pt py px C -> B C (t pt) (y py) (x px)
-    image: Tensor = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)
+    image: Tensor = patches.unflatten(-1, (*patch, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
     return image.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
@@ -140,6 +186,11 @@ def _checkpointed(
     out = checkpoint(block, layer, tokens_BSD, condition, use_reentrant=False)
     assert isinstance(out, Tensor)
     return out
+
+
+def _per_run(x_BSD: Tensor, gate_BGD: Tensor) -> Tensor:
+    runs: Tensor = x_BSD.unflatten(1, (gate_BGD.shape[1], -1))
+    return (runs * gate_BGD.unsqueeze(2)).flatten(1, 2)
 
 
 def _heads(layer: WanAttention, x_BSD: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ So noise, timestep, dropout and caption do not depend on the number of processes
 restarts. Axes: B batch, C channels, T/Y/X latent frames, rows, columns, L text tokens, D dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,28 +14,19 @@ from torch import Tensor
 from fastvideo import hashing
 from fastvideo.config.train import Timesteps
 from fastvideo.data.loader import Place, Sample, Samples
-from fastvideo.models.family import LatentStatistics
+from fastvideo.models.family import Batch, Interval, LatentStatistics, Text
 from fastvideo.models.flow import sigma_at
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A sample ready to train on; latent and noise (C, T, Y, X) float32, text (L, D) float32."""
+    """A sample ready to train on, float32; latent and noise (C, T, Y, X), images as in `Sample`."""
 
     latent: Tensor
     noise: Tensor
     sigma: Tensor
-    text: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples on the device: (B, C, T, Y, X) float32, sigma (B,) float32, text one by one."""
-
-    latents: Tensor
-    noise: Tensor
-    sigma: Tensor
-    texts: tuple[Tensor, ...]
+    text: Text
+    images: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,9 +37,10 @@ class Draw:
     statistics: LatentStatistics
     timesteps: Timesteps
     shift: float
+    interval: Interval
     seed: int
     text_dropout: float
-    empty_text: Tensor
+    empty_text: Text
 
     def training(self, place: Place) -> Drawn:
         """Draw caption, dropout, noise level and noise, in this order."""
@@ -69,19 +61,31 @@ class Draw:
         u = torch.tensor(quantile, dtype=torch.float64)
         return self._drawn(sample, sample.texts[0], u, generator)
 
-    def _drawn(self, sample: Sample, text: Tensor, u: Tensor, generator: torch.Generator) -> Drawn:
+    def _drawn(self, sample: Sample, text: Text, u: Tensor, generator: torch.Generator) -> Drawn:
         latent = self.statistics.normalise(sample.vae_latent.float())
         noise = torch.randn(latent.shape, generator=generator)
-        sigma = sigma_at(u, self.timesteps, shift=self.shift)
+        sigma = sigma_at(u, self.timesteps, shift=self.shift, interval=self.interval)
         # stored in the encoder's dtype; the model decides in which it computes
-        return Drawn(latent, noise, sigma, text.float())
+        images = {name: image.float() for name, image in sample.images.items()}
+        return Drawn(latent, noise, sigma, _map(Tensor.float, text), images)
 
 
 def collate(drawn: Sequence[Drawn], *, device: str) -> Batch:
     """Stack samples and bring them to the device."""
+
+    def put(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
     return Batch(
-        latents=torch.stack([d.latent for d in drawn]).to(device, non_blocking=True),
-        noise=torch.stack([d.noise for d in drawn]).to(device, non_blocking=True),
-        sigma=torch.stack([d.sigma for d in drawn]).to(device, non_blocking=True),
-        texts=tuple(d.text.to(device, non_blocking=True) for d in drawn),
+        latents=put(torch.stack([d.latent for d in drawn])),
+        noise=put(torch.stack([d.noise for d in drawn])),
+        sigma=put(torch.stack([d.sigma for d in drawn])),
+        texts=tuple(_map(put, d.text) for d in drawn),
+        images={
+            name: put(torch.stack([d.images[name] for d in drawn])) for name in drawn[0].images
+        },
     )
+
+
+def _map(change: Callable[[Tensor], Tensor], text: Text) -> Text:
+    return Text(change(text.embedding), None if text.pooled is None else change(text.pooled))

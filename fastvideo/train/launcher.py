@@ -6,7 +6,8 @@ Free of torch until there is something to train, so that a finished run answers 
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from fastvideo import atomic, hashing, state
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.log import logger
-from fastvideo.models.family import find_family, find_model, read_config
+from fastvideo.models.family import find_family
+from fastvideo.models.folder import find_model, read_config
 from fastvideo.state import RunDir, ShardStore, TrainDir
 from fastvideo.train.stop import StopRequest
 
@@ -25,6 +27,7 @@ MAY_CHANGE = (
     "shards.rows",
     "model.path",
     "preprocess",
+    "train.expert",
     "validation",
     "export",
     "generate",
@@ -42,22 +45,32 @@ MAY_CHANGE = (
 
 
 def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
-    """Train until ``train.steps``, from the newest complete checkpoint.
+    """Train until ``train.steps``, each transformer from its newest complete checkpoint.
 
     Args:
         recipe: What to train.
         force: Go on even if keys or data that decide the result changed since the run began.
 
     Returns:
-        ``{"transformer": name, "step": last, "ran": whether anything was left to do}``.
+        ``{"trained": {transformer: {"step": last, "ran": whether anything was left to do}}}``.
 
     Raises:
         Stopped: A stop was asked for; the state is saved.
         UserError: The run cannot start or go on as asked, with the reason.
     """
-    transformer = transformer_folder(recipe)
-    run_dir = RunDir(recipe.run_dir)
-    directory = run_dir.training(transformer)
+    # Made where there is something to train, and once: what stops one expert stops the other.
+    stop = functools.cache(lambda: StopRequest(RunDir(recipe.run_dir)))
+    return {
+        "trained": {
+            folder: _train(recipe, folder, force=force, stop=stop) for folder in recipe.transformers
+        }
+    }
+
+
+def _train(
+    recipe: Recipe, transformer: str, *, force: bool, stop: Callable[[], StopRequest]
+) -> dict[str, Any]:
+    directory = RunDir(recipe.run_dir).training(transformer)
     with _alone(directory):
         steps = directory.complete_checkpoints()
         begun = directory.checkpoint(steps[-1]) if steps else None
@@ -65,24 +78,23 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
         store = ShardStore(recipe.shards.path)
         # A finished run stays finished when its shards are gone.
         plan = None if finished and store.read_plan() is None else state.complete_plan(store)
-        about = _about(recipe, store, plan) if plan else {}
+        about = _about(recipe, transformer, store, plan) if plan else {}
         if begun and not force:
-            _check_recipe(recipe, run_dir)
+            _check_recipe(recipe, directory)
             _check_same(begun, about)
         state.prune_checkpoints(directory, keep_last=recipe.train.checkpoint.keep_last)
         if begun and finished:
             logger.info("already trained: %s", begun)
-            return {"transformer": transformer, "step": steps[-1], "ran": False}
+            return {"step": steps[-1], "ran": False}
         assert plan is not None
         if recipe.train.schedule.warmup_steps >= recipe.train.steps:
             logger.warning("train.schedule.warmup_steps reaches past train.steps: no peak")
-        stop = StopRequest(run_dir)
-        atomic.write_bytes(run_dir.recipe, recipe.dump().encode(), point="recipe")
+        atomic.write_bytes(directory.recipe, recipe.dump().encode(), point="recipe")
 
         from fastvideo.train import worker
 
-        worker.train(recipe, transformer=transformer, plan=plan, about=about, stop=stop)
-        return {"transformer": transformer, "step": recipe.train.steps, "ran": True}
+        worker.train(recipe, transformer=transformer, plan=plan, about=about, stop=stop())
+        return {"step": recipe.train.steps, "ran": True}
 
 
 def _finished(newest: Path, recipe: Recipe) -> bool:
@@ -90,12 +102,6 @@ def _finished(newest: Path, recipe: Recipe) -> bool:
     marker = state.read_checkpoint_marker(newest)
     assert marker is not None
     return bool(marker["step"] >= recipe.train.steps and marker["measured"])
-
-
-def transformer_folder(recipe: Recipe) -> str:
-    """Folder of the transformer that the recipe trains."""
-    expert = recipe.train.expert
-    return recipe.architecture.experts[expert] if expert else "transformer"
 
 
 @contextlib.contextmanager
@@ -115,24 +121,28 @@ def _alone(directory: TrainDir) -> Iterator[None]:
         yield
 
 
-def _about(recipe: Recipe, store: ShardStore, plan: dict[str, Any]) -> dict[str, Any]:
+def _about(
+    recipe: Recipe, transformer: str, store: ShardStore, plan: dict[str, Any]
+) -> dict[str, Any]:
     """What decides the result beside the recipe; kept in each checkpoint."""
-    _check_settings(recipe, plan["settings"])
     path = find_model(recipe.model.path)
-    family = find_family(recipe.model.family)
+    family = find_family(recipe)
     family.check(path)
-    folder = transformer_folder(recipe)
+    _check_shards(recipe, store, plan["settings"], columns=family.columns(path))
+    _check_vae(path, store, plan["settings"])
+    interval = family.interval(path, folder=transformer)
     return {
         "clips": state.data_fingerprint(store, plan),
-        "transformer": hashing.fingerprint(read_config(path, f"{folder}/config.json")),
+        "transformer": hashing.fingerprint(read_config(path, f"{transformer}/config.json")),
         "shift": recipe.train.timesteps.shift or family.flow_shift(path),
+        "interval": [interval.low, interval.high],
     }
 
 
-def _check_recipe(recipe: Recipe, run_dir: RunDir) -> None:
-    if not run_dir.recipe.is_file():
+def _check_recipe(recipe: Recipe, directory: TrainDir) -> None:
+    if not directory.recipe.is_file():
         return
-    before = dict(_flat(Recipe.load(run_dir.recipe).model_dump(mode="json")))
+    before = dict(_flat(Recipe.load(directory.recipe).model_dump(mode="json")))
     after = dict(_flat(recipe.model_dump(mode="json")))
     changed = [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
@@ -142,8 +152,8 @@ def _check_recipe(recipe: Recipe, run_dir: RunDir) -> None:
     ]
     if changed:
         raise UserError(
-            f"{run_dir.recipe}: this run was started with other values: {'; '.join(changed)}. Put "
-            "them back, choose another run_dir, or go on all the same with --force"
+            f"{directory.recipe}: this run was started with other values: {'; '.join(changed)}. "
+            "Put them back, choose another run_dir, or go on all the same with --force"
         )
 
 
@@ -155,7 +165,9 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.removesuffix("."), tree
 
 
-def _check_settings(recipe: Recipe, settings: dict[str, Any]) -> None:
+def _check_shards(
+    recipe: Recipe, store: ShardStore, settings: dict[str, Any], *, columns: Sequence[str]
+) -> None:
     """The shards must be what this recipe would make, as far as their settings tell."""
     wanted = {
         "family": recipe.model.family,
@@ -167,8 +179,26 @@ def _check_settings(recipe: Recipe, settings: dict[str, Any]) -> None:
     for key, value in wanted.items():
         if settings[key] != value:
             raise UserError(
-                f"{recipe.shards.path}: was encoded with {key} {settings[key]!r}, the recipe says "
+                f"{store.root}: was encoded with {key} {settings[key]!r}, the recipe says "
                 f"{value!r}; run preprocess, or use the recipe the shards were made with"
+            )
+    missing = [name for name in columns if name not in settings["columns"]]
+    if missing:
+        raise UserError(
+            f"{store.root}: holds no {' and no '.join(missing)}, which {recipe.model.path} is "
+            f"conditioned on as {recipe.model.task}; run preprocess with this recipe, or use the "
+            "model the shards were made for"
+        )
+
+
+def _check_vae(path: Path, store: ShardStore, settings: dict[str, Any]) -> None:
+    """Where the model's VAE is at hand, it must be the one the shards were encoded with."""
+    hashes = hashing.HashCache(store.hashes)
+    for name, sha256 in settings["encoders"].get("vae", {}).items():
+        if (path / name).is_file() and hashes.sha256(path / name) != sha256:
+            raise UserError(
+                f"{store.root}: was encoded with another VAE than {path / name}; run preprocess, "
+                "or use the model.path the shards were made with"
             )
 
 
@@ -180,6 +210,7 @@ def _check_same(begun: Path, about: dict[str, Any]) -> None:
         "clips": "the shards hold other clips, or other ones are held out",
         "transformer": "the base model has another architecture",
         "shift": "the base model's flow_shift is another",
+        "interval": "the base model's boundary_ratio is another",
     }
     for key, value in about.items():
         if marker["about"][key] != value:

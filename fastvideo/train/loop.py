@@ -18,15 +18,16 @@ from fastvideo.config.train import Train
 from fastvideo.data.loader import Order, read_ahead
 from fastvideo.errors import Stopped
 from fastvideo.log import Progress, logger
-from fastvideo.models.flow import loss_per_sample, noised
+from fastvideo.models.family import Batch
+from fastvideo.models.flow import loss_weight
 from fastvideo.state import TrainDir
-from fastvideo.train.draw import Batch, Draw, Drawn, collate
+from fastvideo.train.draw import Draw, Drawn, collate
 from fastvideo.train.metrics import Metrics, peak_memory_gib
 from fastvideo.train.schedule import learning_rate_factor
 from fastvideo.train.stop import StopRequest
 
-Predict = Callable[[nn.Module, Batch, Tensor], Tensor]
-"""(model, batch, noised latents (B, C, T, Y, X)) to the predicted flow of the same shape."""
+Losses = Callable[[nn.Module, Batch], Tensor]
+"""(model, batch) to the loss of each sample, not weighted, float32 (B,)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Job:
     directory: TrainDir
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    predict: Predict
+    losses: Losses
     draw: Draw
     heldout: Draw
     device: str
@@ -122,7 +123,8 @@ def _one_step(job: Job, step: int, drawn: Iterator[Drawn], window: Window) -> No
         waiting_s = time.perf_counter()
         batch = collate(list(itertools.islice(drawn, micro)), device=job.device)
         window.wait_s += time.perf_counter() - waiting_s
-        loss = _losses(job, batch).sum() / train.global_batch_size
+        weight_B = loss_weight(batch.sigma, train.timesteps)
+        loss = (weight_B * _losses(job, batch)).sum() / train.global_batch_size
         loss.backward()
         total += loss.detach()
     trained = (p for p in job.model.parameters() if p.requires_grad)
@@ -140,11 +142,8 @@ def _one_step(job: Job, step: int, drawn: Iterator[Drawn], window: Window) -> No
 
 
 def _losses(job: Job, batch: Batch) -> Tensor:
-    """Loss of each sample (B,)."""
-    noised_BCTYX = noised(batch.latents, batch.noise, batch.sigma)
     with _autocast(job):
-        prediction = job.predict(job.model, batch, noised_BCTYX)
-    return loss_per_sample(prediction, batch.latents, batch.noise)
+        return job.losses(job.model, batch)
 
 
 def _autocast(job: Job) -> AbstractContextManager[None]:
@@ -213,7 +212,8 @@ def _measure_heldout(job: Job, step: int, metrics: Metrics) -> bool:
 
 
 def _save(job: Job, now: Progressed) -> None:
-    about = {"about": job.about, "losses": now.losses, "measured": now.measured}
+    clips = {"train": len(job.draw.samples), "heldout": len(job.heldout.samples)}
+    about = {"about": job.about, "clips": clips, "losses": now.losses, "measured": now.measured}
     saved = Saved(job.model, job.optimizer)
     folder = checkpoint.save(job.directory, saved, step=now.step, about=about)
     state.prune_checkpoints(job.directory, keep_last=job.train.checkpoint.keep_last)

@@ -16,6 +16,7 @@ class StopRequest:
         """Watch ``run_dir``'s STOP file and the signals."""
         self._file = run_dir.stop
         self._signal: signal.Signals | None = None
+        self._honoured: str | None = None
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
@@ -28,8 +29,9 @@ class StopRequest:
         """Why to stop, or None."""
         if self._signal is not None:
             return self._signal.name
-        return "the STOP file" if self._file.exists() else None
+        return "the STOP file" if self._file.exists() else self._honoured
 
     def honour(self) -> None:
-        """Take the STOP file away, so that the next start continues."""
+        """Take the STOP file away, so that the next start continues; this process still stops."""
+        self._honoured = self.reason()
         self._file.unlink(missing_ok=True)

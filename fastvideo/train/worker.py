@@ -2,23 +2,31 @@
 """One training process: builds model, data and optimizer, resumes, and runs the loop."""
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvideo import checkpoint, hashing, state
+from fastvideo import checkpoint, state
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.loader import Samples
-from fastvideo.data.shard import read_prompts
+from fastvideo.data.shard import read_empty_prompt
 from fastvideo.errors import UserError
 from fastvideo.log import logger
-from fastvideo.models.family import Family, LatentStatistics, find_family, find_model, pick_device
+from fastvideo.models.family import (
+    Batch,
+    Family,
+    Interval,
+    LatentStatistics,
+    find_family,
+    pick_device,
+)
+from fastvideo.models.flow import loss_per_sample
+from fastvideo.models.folder import find_model
 from fastvideo.state import RunDir, ShardStore
 from fastvideo.train import loop
-from fastvideo.train.draw import Batch, Draw
+from fastvideo.train.draw import Draw
 from fastvideo.train.method import build_method, build_optimizer
 from fastvideo.train.stop import StopRequest
 
@@ -37,7 +45,8 @@ def train(
         recipe: Checked against ``plan``.
         transformer: Folder of the transformer in the model.
         plan: The plan of complete shards.
-        about: ``shift`` of the noise levels, and what else each checkpoint is to say of itself.
+        about: ``shift`` and ``interval`` of the noise levels, and what else each checkpoint is to
+            say of itself.
         stop: Watched between steps.
 
     Raises:
@@ -49,9 +58,8 @@ def train(
         torch.use_deterministic_algorithms(True)
     device = pick_device(recipe.train.device)
     path = find_model(recipe.model.path)
-    family = find_family(recipe.model.family)
-    _check_vae(path, settings=plan["settings"], store=ShardStore(recipe.shards.path))
-    draw, heldout = _draws(recipe, plan, shift=about["shift"])
+    family = find_family(recipe)
+    draw, heldout = _draws(recipe, plan, columns=family.columns(path), about=about)
     if len(draw.samples) == 0:
         raise UserError(f"{recipe.shards.path}: holds no clips to train on, only held-out ones")
 
@@ -77,7 +85,7 @@ def train(
         directory=directory,
         model=model,
         optimizer=optimizer,
-        predict=_predictor(recipe, family),
+        losses=_losses(recipe, family),
         draw=draw,
         heldout=heldout,
         device=device,
@@ -87,32 +95,36 @@ def train(
     loop.run(job, start=progress)
 
 
-def _predictor(recipe: Recipe, family: Family) -> loop.Predict:
+def _losses(recipe: Recipe, family: Family) -> loop.Losses:
     checkpointing = recipe.train.activation_checkpointing == "full"
 
-    def predict(model: nn.Module, batch: Batch, noised_BCTYX: Tensor) -> Tensor:
-        return family.predict(
+    def losses(model: nn.Module, batch: Batch) -> Tensor:
+        prediction_BCTYX = family.forward(
             model,
-            noised_BCTYX=noised_BCTYX,
-            sigma_B=batch.sigma,
-            text=batch.texts,
+            family.arguments(batch),
             activation_checkpointing=checkpointing and torch.is_grad_enabled(),
         )
+        return loss_per_sample(
+            prediction_BCTYX, batch.latents, batch.noise, clean_frames=family.clean_frames
+        )
 
-    return predict
+    return losses
 
 
-def _draws(recipe: Recipe, plan: Mapping[str, Any], *, shift: float) -> tuple[Draw, Draw]:
+def _draws(
+    recipe: Recipe, plan: Mapping[str, Any], *, columns: Sequence[str], about: Mapping[str, Any]
+) -> tuple[Draw, Draw]:
     store = ShardStore(recipe.shards.path)
     settings = plan["settings"]
-    empty_text = read_prompts(store, settings=settings)[""]
+    empty_text = read_empty_prompt(store, settings=settings)
     statistics = LatentStatistics(tuple(settings["latents_mean"]), tuple(settings["latents_std"]))
     training, heldout = (
         Draw(
-            samples=Samples(store, split=split),
+            samples=Samples(store, split=split, columns=columns),
             statistics=statistics,
             timesteps=recipe.train.timesteps,
-            shift=shift,
+            shift=about["shift"],
+            interval=Interval(*about["interval"]),
             seed=recipe.train.seed,
             text_dropout=recipe.train.text_dropout,
             empty_text=empty_text,
@@ -120,17 +132,6 @@ def _draws(recipe: Recipe, plan: Mapping[str, Any], *, shift: float) -> tuple[Dr
         for split in ("train", "heldout")
     )
     return training, heldout
-
-
-def _check_vae(path: Path, *, settings: Mapping[str, Any], store: ShardStore) -> None:
-    """Where the model's VAE is at hand, it must be the one the shards were encoded with."""
-    hashes = hashing.HashCache(store.hashes)
-    for name, sha256 in settings["encoders"]["vae"].items():
-        if (path / name).is_file() and hashes.sha256(path / name) != sha256:
-            raise UserError(
-                f"{store.root}: was encoded with another VAE than {path / name}; run preprocess, "
-                "or use the model.path the shards were made with"
-            )
 
 
 def _resume(directory: state.TrainDir, saved: checkpoint.Saved) -> loop.Progressed:

@@ -15,7 +15,8 @@ import pytest
 
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.decode import ClipFault, decode_clip
-from fastvideo.data.manifest import ClipRow, plan_manifest, read_rows
+from fastvideo.data.judge import ClipRow
+from fastvideo.data.manifest import plan_manifest, read_rows
 from fastvideo.errors import UserError
 from fastvideo.state import ShardStore, ledger
 from tests.media import (

@@ -12,14 +12,14 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from fastvideo import log, status
+from fastvideo import log, state, status
 from fastvideo.config.recipe import Recipe
 from fastvideo.data import encode
 from fastvideo.data.loader import Samples
-from fastvideo.data.shard import read_prompts
+from fastvideo.data.shard import read_texts
 from fastvideo.errors import UserError
 from fastvideo.models.family import Encoders
-from fastvideo.models.wan import pad_text
+from fastvideo.models.wan21 import pad_text
 from fastvideo.preprocess import preprocess
 from fastvideo.state import ShardStore
 from tests.tiny_world import World, digests, in_fork, make_world, write_clip
@@ -191,19 +191,20 @@ def test_embeddings_are_those_of_the_pipeline(world: World, tiny_model: Path) ->
         )[0]
         return embedding
 
-    samples = Samples(ShardStore(world.shards), split="train")
+    samples = Samples(ShardStore(world.shards), split="train", columns=())
     found = {samples[i].id: samples[i].texts for i in range(len(samples))}
     for item in world.items:
         assert len(found[item["path"]]) == len(item["cap"])
         for caption, text in zip(item["cap"], found[item["path"]], strict=True):
             assert torch.equal(pad_text([text], length=512), theirs(caption))
     store = ShardStore(world.shards)
-    plan = store.read_plan()
-    assert plan is not None
-    prompts = read_prompts(store, settings=plan["settings"])
-    assert list(prompts) == ["", "a red square moves right", "nothing at all"]
-    for prompt, text in prompts.items():
-        assert torch.equal(pad_text([text], length=512), theirs(prompt))
+    marker = state.read_marker(store.validation)
+    assert marker is not None
+    prompts = [row["caption"] for row in marker["rows"]]
+    assert prompts == ["", "a red square moves right", "nothing at all"]
+    for row in marker["rows"]:
+        (text,) = read_texts(store.validation, row)
+        assert torch.equal(pad_text([text], length=512), theirs(row["caption"]))
 
 
 def test_latents_are_the_raw_mode_of_the_vae(world: World, tiny_model: Path) -> None:
@@ -211,16 +212,16 @@ def test_latents_are_the_raw_mode_of_the_vae(world: World, tiny_model: Path) -> 
     from fastvideo.data.decode import decode_clip
 
     vae = WanPipeline.from_pretrained(tiny_model).vae
-    samples = Samples(ShardStore(world.shards), split="train")
+    samples = Samples(ShardStore(world.shards), split="train", columns=())
     for i in range(len(samples)):
         frames = decode_clip(
             world.root / "clips/videos" / samples[i].id, num_frames=9, height=32, width=48, fps=8
         )
-        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 255 * 2 - 1
         with torch.no_grad():
             expected = vae.encode(pixels).latent_dist.mode()[0]
         assert samples[i].vae_latent.shape == (16, 3, 4, 6)
-        torch.testing.assert_close(samples[i].vae_latent, expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(samples[i].vae_latent, expected)
 
 
 def test_a_manifest_planned_anew_while_encoders_load_loses_no_clip(
@@ -240,7 +241,7 @@ def test_a_manifest_planned_anew_while_encoders_load_loses_no_clip(
         fill(world, shards=[0, 1])
     monkeypatch.undo()
     fill(world)
-    samples = Samples(ShardStore(world.shards), split="train")
+    samples = Samples(ShardStore(world.shards), split="train", columns=())
     assert sorted(samples[i].id for i in range(len(samples))) == [f"{i}.mp4" for i in range(1, 5)]
 
 

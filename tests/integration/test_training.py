@@ -216,7 +216,7 @@ def test_other_clips_or_splits_under_a_run_are_refused(tiny_model: Path, tmp_pat
             train(world.load(*overrides))
     world.write_items(items)
     assert in_fork(lambda: preprocess(world.load())) == 0
-    assert train(world.load())["ran"] is False
+    assert train(world.load())["trained"]["transformer"]["ran"] is False
     assert losses(run(world, world.run_dir, "train.steps=7"))
 
 

@@ -17,8 +17,9 @@ import pytest
 
 from fastvideo import log
 from fastvideo.config.recipe import Recipe
-from fastvideo.data import examine, manifest
-from fastvideo.data.manifest import ClipRow, plan_manifest, read_rows
+from fastvideo.data import examine
+from fastvideo.data.judge import ClipRow, seeded_split
+from fastvideo.data.manifest import plan_manifest, read_rows
 from fastvideo.errors import UserError
 from fastvideo.hashing import fingerprint
 from fastvideo.state import ShardStore, ledger
@@ -37,7 +38,8 @@ class Plans:
 
     def recipe(self, **filters: Any) -> Recipe:
         """Small clips, two to a shard."""
-        source = {"path": str(self.root / "data"), **filters.pop("source", {}), "filters": filters}
+        source = {"kind": "merged", "path": str(self.root / "data"), **filters.pop("source", {})}
+        source["filters"] = filters
         return Recipe.parse(
             {
                 "model": {"family": "wan2.1", "path": "none"},
@@ -201,7 +203,7 @@ def test_the_same_content_is_used_once_unless_allowed(plans: Plans) -> None:
 def test_a_seeded_share_is_held_out_and_stays_when_clips_are_added() -> None:
     def split(count: int, **source: Any) -> list[str]:
         spec = Plans(Path("unused")).recipe(source=source).source
-        return [manifest._seeded_split(f"{i}.mp4", source=spec) for i in range(count)]
+        return [seeded_split(f"{i}.mp4", source=spec) for i in range(count)]
 
     few, many = split(100, heldout=0.2), split(2000, heldout=0.2)
     assert many[:100] == few

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastvideo.config.train import Timesteps
 from fastvideo.data.loader import Place, Sample
-from fastvideo.models.family import LatentStatistics
+from fastvideo.models.family import Interval, LatentStatistics, Text
 from fastvideo.models.flow import sigma_at
 from fastvideo.train.draw import Draw, Drawn, collate
 
-EMPTY = torch.full((1, 8), 7.0)
+EMPTY = Text(torch.full((1, 8), 7.0), torch.full((3,), 7.0))
 STATISTICS = LatentStatistics(mean=(0.5, -1.0, 2.0, 0.0), std=(2.0, 0.5, 4.0, 1.0))
 
 
@@ -27,8 +27,15 @@ class Stored:
     def __getitem__(self, index: int) -> Sample:
         generator = torch.Generator().manual_seed(index)
         latent = torch.randn(4, 3, 2, 2, generator=generator).half()
-        texts = tuple(torch.full((2 + i, 8), 10.0 * index + i).bfloat16() for i in range(index + 1))
-        return Sample(f"{index}.mp4", latent, texts)
+        texts = tuple(
+            Text(
+                torch.full((2 + i, 8), 10.0 * index + i).bfloat16(),
+                torch.full((3,), 10.0 * index + i).bfloat16(),
+            )
+            for i in range(index + 1)
+        )
+        images = {"first_frame_latent": latent + 1, "clip_feature": latent[:, 0, 0] - 1}
+        return Sample(f"{index}.mp4", latent, texts, images)
 
 
 def draw(**changes: object) -> Draw:
@@ -37,6 +44,7 @@ def draw(**changes: object) -> Draw:
         statistics=STATISTICS,
         timesteps=Timesteps(),
         shift=3.0,
+        interval=Interval(),
         seed=5,
         text_dropout=0.0,
         empty_text=EMPTY,
@@ -44,8 +52,21 @@ def draw(**changes: object) -> Draw:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
+def tensors(drawn: Drawn) -> list[Tensor]:
+    assert drawn.text.pooled is not None
+    text = (drawn.text.embedding, drawn.text.pooled)
+    return [drawn.latent, drawn.noise, drawn.sigma, *text, *drawn.images.values()]
+
+
 def equal(a: Drawn, b: Drawn) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def is_empty(text: Text) -> bool:
+    assert text.pooled is not None and EMPTY.pooled is not None
+    same = torch.equal(text.embedding, EMPTY.embedding)
+    assert torch.equal(text.pooled, EMPTY.pooled) == same, "both or neither"
+    return same
 
 
 def drawn_many(given: Draw, index: int, *, epochs: int = 600) -> list[Drawn]:
@@ -78,8 +99,8 @@ def test_noise_is_unit_normal_and_everything_is_float32() -> None:
     noise = torch.stack([d.noise for d in found])
     assert abs(noise.mean().item()) < 0.02
     assert abs(noise.std().item() - 1) < 0.02
-    for tensor in vars(found[0]).values():
-        assert isinstance(tensor, Tensor) and tensor.dtype == torch.float32
+    for tensor in tensors(found[0]):
+        assert tensor.dtype == torch.float32
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
@@ -94,7 +115,7 @@ def test_sigma_follows_the_density_after_the_shift(shift: float) -> None:
 
 
 def test_every_caption_of_a_clip_has_its_turn() -> None:
-    values = Counter(float(d.text[0, 0]) for d in drawn_many(draw(), 2))
+    values = Counter(float(d.text.embedding[0, 0]) for d in drawn_many(draw(), 2))
     assert set(values) == {20.0, 21.0, 22.0}
     assert min(values.values()) > 150
 
@@ -102,10 +123,10 @@ def test_every_caption_of_a_clip_has_its_turn() -> None:
 def test_dropout_takes_the_embedding_of_the_empty_prompt() -> None:
     given = draw(text_dropout=0.25)
     found = drawn_many(given, 2)
-    dropped = [d for d in found if torch.equal(d.text, EMPTY)]
+    dropped = [d for d in found if is_empty(d.text)]
     assert 0.18 < len(dropped) / len(found) < 0.32
-    assert all(float(d.text[0, 0]) >= 20 for d in found if not torch.equal(d.text, EMPTY))
-    assert all(torch.equal(d.text, EMPTY) for d in drawn_many(draw(text_dropout=1.0), 1, epochs=9))
+    assert all(float(d.text.embedding[0, 0]) >= 20 for d in found if not is_empty(d.text))
+    assert all(is_empty(d.text) for d in drawn_many(draw(text_dropout=1.0), 1, epochs=9))
 
 
 def test_dropout_changes_neither_noise_nor_sigma() -> None:
@@ -119,7 +140,7 @@ def test_held_out_draws_are_fixed_quantiles_noise_and_the_first_caption() -> Non
     for quantile in (0.1, 0.5, 0.9):
         found = given.heldout(2, quantile=quantile)
         assert equal(found, given.heldout(2, quantile=quantile))
-        assert float(found.text[0, 0]) == 20.0
+        assert float(found.text.embedding[0, 0]) == 20.0
         expected = sigma_at(torch.tensor(quantile, dtype=torch.float64), Timesteps(), shift=3.0)
         assert found.sigma == expected
     first, second = (given.heldout(2, quantile=q) for q in (0.1, 0.5))
@@ -133,4 +154,6 @@ def test_a_batch_holds_its_samples_in_order() -> None:
         assert torch.equal(batch.latents[place], sample.latent)
         assert torch.equal(batch.noise[place], sample.noise)
         assert batch.sigma[place] == sample.sigma
-        assert torch.equal(batch.texts[place], sample.text)
+        assert torch.equal(batch.texts[place].embedding, sample.text.embedding)
+        for name, image in sample.images.items():
+            assert torch.equal(batch.images[name][place], image)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First images of image-to-video: from an image file or a video, brought to size as clips are."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastvideo.config.prompts import Prompt
+from fastvideo.config.recipe import Recipe
+from fastvideo.errors import UserError
+
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg", ".gif")
+
+
+@dataclass(frozen=True)
+class PromptToEncode:
+    """A prompt with the size of its video, in pixels; ``image`` is a file or None."""
+
+    caption: str
+    image: Path | None
+    num_frames: int
+    height: int
+    width: int
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Everything but the file, by name."""
+        return {name: value for name, value in vars(self).items() if name != "image"}
+
+
+def prompt_to_encode(recipe: Recipe, prompt: Prompt, *, origin: str) -> PromptToEncode:
+    """Fill in the recipe's clip size and check that the model can make such a video.
+
+    Raises:
+        UserError: ``origin`` names the prompt: a size that does not fit the model, a first image
+            for text-to-video, or none for image-to-video.
+    """
+    size = {
+        "num_frames": prompt.num_frames or recipe.clip.num_frames,
+        "height": prompt.height or recipe.clip.height,
+        "width": prompt.width or recipe.clip.width,
+    }
+    problems = recipe.architecture.misfits(**size)
+    if problems:
+        raise UserError(f"{origin}: {'; '.join(problems)}")
+    image = prompt.first_image
+    if image is not None and recipe.model.task == "t2v":
+        raise UserError(
+            f"{origin}: gives a first image, which a text-to-video model does not take; remove "
+            "image_path and video_path"
+        )
+    if image is None and recipe.model.task == "i2v":
+        raise UserError(f"{origin}: has no first image; add image_path or video_path")
+    return PromptToEncode(prompt.caption, image, **size)
+
+
+def first_image(path: Path, *, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Read an image, or the first frame of a video, as RGB (H, W, 3).
+
+    It is scaled until it covers ``height`` and ``width`` and cropped in the centre, as the clips of
+    training are, so that the picture is never squeezed.
+
+    Raises:
+        UserError: The file cannot be read as a picture.
+    """
+    from fastvideo.data.decode import ClipFault, decode_clip
+
+    try:
+        if path.suffix.lower() in VIDEOS:
+            frames_FHWC = decode_clip(path, num_frames=1, height=height, width=width, fps=1.0)
+            return frames_FHWC.reshape(height, width, 3)
+        return _image(path, height=height, width=width)
+    except ClipFault as fault:
+        raise UserError(f"{path}: gives no image ({fault.detail}); give another file") from None
+
+
+def _image(path: Path, *, height: int, width: int) -> npt.NDArray[np.uint8]:
+    from av.video.frame import VideoFrame
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from fastvideo.data.picture import Fit
+
+    try:
+        with Image.open(path) as image:
+            upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error}); save it anew") from None
+    frame = VideoFrame.from_ndarray(np.ascontiguousarray(upright), format="rgb24")
+    return Fit(height=height, width=width, aspect=Fraction(1))(frame)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model folder in diffusers format: found, its configs read, its faults explained; no torch."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastvideo.errors import UserError
+
+
+def find_model(path: str) -> Path:
+    """Return the folder of a model: a local one, or a snapshot of a Hugging Face repository.
+
+    Raises:
+        UserError: There is no such folder, and the Hub has it not or cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "model_index.json").is_file():
+        return folder
+    if folder.exists():
+        raise UserError(f"model.path={path}: has no model_index.json; give a diffusers folder")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path, re.ASCII):
+        raise UserError(f"model.path={path}: there is no such folder")
+    return _from_hub(path)
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"model.path={repository}: neither a folder here nor in the Hugging Face cache, and "
+            f"the Hub did not give it ({reason}); fetch it where there is a network with "
+            f"`hf download {repository}`, or write the path of a folder"
+        ) from None
+
+
+def read_config(path: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file of a model folder."""
+    try:
+        config = json.loads((path / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"model.path={path}: has no {name}; give a whole diffusers folder"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"model.path={path}: {name} is damaged ({error}); fetch it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"model.path={path}: {name} is damaged (no table); fetch it again")
+    return config
+
+
+@contextlib.contextmanager
+def loading(path: Path, part: str) -> Iterator[None]:
+    """Turn what the libraries raise on a missing, cut or foreign part into a ``UserError``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"model.path={path}: its {part} cannot be loaded ({reason}); fetch it again, or give "
+            "a whole diffusers folder of the recipe's model.family"
+        ) from error
+
+
+def files_of(path: Path, *folders: str) -> list[Path]:
+    """All files of some folders of a model, sorted; a ``UserError`` for an empty folder."""
+    found = []
+    for folder in folders:
+        files = sorted(
+            file
+            for file in (path / folder).rglob("*")
+            if file.is_file() and not file.name.startswith(".")
+        )
+        if not files:
+            raise UserError(f"model.path={path}: has no {folder}/; give a whole diffusers folder")
+        found += files
+    return found
