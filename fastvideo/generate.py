@@ -150,9 +150,12 @@ def _made(video: Path, about: dict[str, Any]) -> bool:
 
 def _load(recipe: Recipe, path: str) -> "DiffusionPipeline":
     spec, family, folder = recipe.generate, find_family(recipe), find_model(path)
+    device = pick_device(spec.device)
+    if spec.offload != "none" and device == "cpu":
+        raise UserError(f"generate.offload={spec.offload}: is for a GPU; use none on the CPU")
     settings = SamplerSettings(
         dtype=spec.dtype,
-        device=pick_device(spec.device),
+        device=device,
         offload=spec.offload,
         vae_tiling=spec.vae_tiling,
         flow_shift=spec.flow_shift,

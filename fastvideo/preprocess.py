@@ -15,7 +15,7 @@ from fastvideo.data.manifest import plan_manifest
 from fastvideo.errors import UserError
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
-from fastvideo.models.folder import find_model
+from fastvideo.models.folder import content_hash, find_model
 from fastvideo.state import LedgerRow, ShardStore
 
 
@@ -73,7 +73,7 @@ def encoding_settings(recipe: Recipe, *, hashes: hashing.HashCache) -> dict[str,
     family.check(path)
     statistics = family.latent_statistics(path)
     encoders = {
-        part: {str(file.relative_to(path)): hashes.sha256(file) for file in files}
+        part: {str(file.relative_to(path)): content_hash(file, hashes) for file in files}
         for part, files in family.encoder_parts(path).items()
     }
     return {

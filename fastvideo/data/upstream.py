@@ -6,47 +6,32 @@ read by itself: columns are streamed from their beginning. Nothing in them says 
 encoder made them. A row that cannot be used is described, not raised; a file that cannot is raised.
 """
 
-import hashlib
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastvideo import hashing
+from fastvideo.data.upstream_tensor import EMPTY, TENSORS, Damaged, StoredTensor, measured, restored
 from fastvideo.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TENSORS = {
-    "vae_latent": 4,
-    "text_embedding": 2,
-    "clip_feature": 2,
-    "first_frame_latent": 4,
-    "pil_image": 3,
-}
-"""Tensors by the stem of their columns, with their number of axes: (C, T, Y, X) raw latent,
-(L, D) text, (N, D) image features, (C, T, Y, X) normalised latent of the first frame followed by
-grey, and (C, H, W) first frame."""
-
 TRAINING_FOLDERS = ("combined_parquet_dataset", "training_dataset")
 VALIDATION_FOLDERS = ("validation_dataset", "validation_parquet_dataset")
-
-_EMPTY = {"vae_latent": "empty_latent", "text_embedding": "empty_text"}
-"""Tensors that every clip has, with the reason why one without cannot be used."""
+OUR_TABLES = ("manifest.parquet", "validation.parquet")
+"""Of a folder of our own shards, which may be read like upstream's."""
 
 _CORE_COLUMNS = (
     "id",
     "caption",
-    *(f"{stem}_{part}" for stem in _EMPTY for part in ("bytes", "shape")),
+    *(f"{stem}_{part}" for stem in EMPTY for part in ("bytes", "shape")),
 )
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 _ROWS_AT_ONCE = 8
 _BUFFER_BYTES = 1 << 20
 
@@ -63,15 +48,12 @@ class StoredClip:
         width: Of the clip in pixels, 0 if the row does not say. Upstream's older preprocessing
             swaps width and height; the longer side is taken to be that of the latent.
         height: Like ``width``.
-        num_latent_frames: From the shape of the latent: the column of that name holds latent or
-            pixel frames, depending on what wrote it.
         fps: As stored, which is that of the video, not that of the frames taken; 0 if unknown.
         duration_s: As stored, 0 if unknown.
-        latent_shape: (C, T, Y, X).
-        text_shape: (L, D), L being the tokens that were not padding.
-        tensors: Stems of the tensors that the row has.
+        shapes: Those of the sound tensors that the row has, by stem. Latent frames are counted
+            here: the column ``num_frames`` holds latent or pixel frames, depending on what wrote it.
         sha256: Of caption and tensors; equal for rows with the same content.
-        fault: Why the row cannot be used, in snake_case, and the value that is at fault.
+        faults: Why a tensor cannot be used, by stem: in snake_case, and the value at fault.
     """
 
     file: str
@@ -80,14 +62,11 @@ class StoredClip:
     caption: str
     width: int
     height: int
-    num_latent_frames: int
     fps: float
     duration_s: float
-    latent_shape: tuple[int, ...]
-    text_shape: tuple[int, ...]
-    tensors: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
     sha256: str
-    fault: tuple[str, str] | None
+    faults: Mapping[str, tuple[str, str]]
 
 
 def parquet_files(root: Path) -> tuple[Path, ...]:
@@ -172,74 +151,13 @@ def read_tensors(
         for row, batch in _single_rows(parquet, rows, stems):
             try:
                 yield _tensors(batch, stems)
-            except _Damaged as damage:
+            except Damaged as damage:
                 raise _changed(path, row, damage.detail) from None
 
 
-class _Damaged(Exception):
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """What a row says of one tensor. ``missing`` names a column that the others need."""
-
-    stem: str
-    bytes: int = 0
-    shape: tuple[int | None, ...] = ()
-    declared: str = ""
-    missing: str = ""
-    sha256: str = ""
-
-    def dtype(self) -> str | None:
-        """Return the type its bytes are in, None if the row has no such tensor."""
-        if self.missing:
-            raise _Damaged("missing_column", f"{self.missing} is missing")
-        if self._absent():
-            if self.stem in _EMPTY:
-                raise _Damaged(
-                    _EMPTY[self.stem],
-                    f"{self.stem} has {self.bytes} bytes, shape {list(self.shape)}",
-                )
-            return None
-        shape = self.checked_shape()
-        dtype = self._checked_dtype(math.prod(shape))
-        if self.bytes != math.prod(shape) * _ITEM_BYTES[dtype]:
-            raise _Damaged(
-                "wrong_byte_count",
-                f"{self.stem} has {self.bytes} bytes, not those of {list(shape)} in {dtype}",
-            )
-        return dtype
-
-    def checked_shape(self) -> tuple[int, ...]:
-        shape = tuple(length for length in self.shape if length is not None and length > 0)
-        if len(shape) != len(self.shape):
-            raise _Damaged("bad_shape", f"{self.stem}_shape is {list(self.shape)}")
-        if len(shape) != TENSORS[self.stem]:
-            raise _Damaged(
-                "wrong_rank",
-                f"{self.stem}_shape {list(shape)} has {len(shape)} axes, not {TENSORS[self.stem]}",
-            )
-        return shape
-
-    def _absent(self) -> bool:
-        """Upstream writes b"", [] and "" for what a row does not have."""
-        return self.bytes == 0 and (self.stem in _EMPTY or not self.shape or 0 in self.shape)
-
-    def _checked_dtype(self, count: int) -> str:
-        dtype = self.declared.removeprefix("torch.") or "float32"  # upstream reads all as float32
-        image = self.stem == "pil_image"
-        if dtype not in _ITEM_BYTES or (dtype == "uint8" and not image):
-            raise _Damaged("unknown_dtype", f"{self.stem}_dtype is {self.declared!r}")
-        # Upstream's newer preprocessing keeps the image in bytes where it promises floats.
-        return "uint8" if image and dtype == "float32" and self.bytes == count else dtype
-
-
 def _left_out(file: Path) -> bool:
-    return any(part.startswith(".") or part in VALIDATION_FOLDERS for part in file.parts)
+    hidden_or_other = any(p.startswith(".") or p in VALIDATION_FOLDERS for p in file.parts)
+    return hidden_or_other or file.name in OUR_TABLES
 
 
 @contextmanager
@@ -262,6 +180,11 @@ def _require_columns(path: Path, schema: pa.Schema) -> None:
         raise UserError(
             f"{path}: lacks {', '.join(missing)}; a clip needs its latent and its text embedding, "
             "in the columns of FastVideo's T2V or I2V preprocessing"
+        )
+    if "pooled_text_embedding_bytes" in schema.names:
+        raise UserError(
+            f"{path}: is a shard of this suite, whose pooled text is apart from text_embedding; "
+            "train on it as it is, with shards.path and the source it was made from"
         )
     for field in schema:
         if not _readable(field):
@@ -303,27 +226,22 @@ def _list(column: Any) -> list[Any]:
     return ["" if value is None else str(value, "utf-8", "replace") for value in stored]
 
 
-def _stored(parquet: pq.ParquetFile, stem: str) -> list[_Stored]:
+def _stored(parquet: pq.ParquetFile, stem: str) -> list[StoredTensor]:
     """What each row says of one tensor, whose bytes are counted, hashed and let go."""
     num_rows = parquet.metadata.num_rows
     missing = _missing(parquet, stem)
     if missing:
-        stored = _Stored(stem, missing=missing[0] if len(missing) == 1 else "")
+        stored = StoredTensor(stem, missing=missing[0] if len(missing) == 1 else "")
         return [stored] * num_rows
     values = _values(parquet, (f"{stem}_shape", f"{stem}_dtype"))
     dtypes = values.get(f"{stem}_dtype", [""] * num_rows)
     batches = parquet.iter_batches(_ROWS_AT_ONCE, columns=[f"{stem}_bytes"], use_threads=False)
-    found = (_measured(value) for batch in batches for value in batch[0])
+    found = (value for batch in batches for value in batch[0])
     rows = zip(found, values[f"{stem}_shape"], dtypes, strict=True)
     return [
-        _Stored(stem, size, tuple(shape or ()), dtype, sha256=sha256)
-        for (size, sha256), shape, dtype in rows
+        measured(stem, value.as_buffer() or b"", shape=shape, declared=declared)
+        for value, shape, declared in rows
     ]
-
-
-def _measured(value: Any) -> tuple[int, str]:
-    data = value.as_buffer() or b""
-    return len(data), hashlib.sha256(data).hexdigest()
 
 
 def _missing(parquet: pq.ParquetFile, stem: str) -> list[str]:
@@ -331,12 +249,16 @@ def _missing(parquet: pq.ParquetFile, stem: str) -> list[str]:
     return [name for name in needed if name not in parquet.schema_arrow.names]
 
 
-def _clip(place: tuple[str, int], values: dict[str, Any], stored: Sequence[_Stored]) -> StoredClip:
-    tensors, fault = _checked(stored)
-    latent, text = (tuple(length or 0 for length in tensor.shape) for tensor in stored[:2])
+def _clip(
+    place: tuple[str, int], values: dict[str, Any], stored: Sequence[StoredTensor]
+) -> StoredClip:
+    shapes, faults = _checked(stored)
     width, height = values.get("width") or 0, values.get("height") or 0
-    if len(latent) == TENSORS["vae_latent"] and (width - height) * (latent[3] - latent[2]) < 0:
-        width, height = height, width
+    if "vae_latent" in shapes:
+        _, _, rows, columns = shapes["vae_latent"]
+        if (width - height) * (columns - rows) < 0:
+            width, height = height, width
+    contents = [[t.stem, t.declared, t.shape, t.sha256] for t in stored]
     return StoredClip(
         file=place[0],
         row=place[1],
@@ -344,32 +266,32 @@ def _clip(place: tuple[str, int], values: dict[str, Any], stored: Sequence[_Stor
         caption=values["caption"],
         width=width,
         height=height,
-        num_latent_frames=latent[1] if len(latent) == TENSORS["vae_latent"] else 0,
         fps=float(values.get("fps") or 0),
         duration_s=float(values.get("duration_sec") or 0),
-        latent_shape=latent,
-        text_shape=text,
-        tensors=tensors,
-        sha256=hashing.fingerprint([values["caption"], *([t.stem, t.sha256] for t in stored)]),
-        fault=fault,
+        shapes=shapes,
+        sha256=hashing.fingerprint([values["caption"], *contents]),
+        faults=faults,
     )
 
 
-def _checked(stored: Sequence[_Stored]) -> tuple[frozenset[str], tuple[str, str] | None]:
-    """Stems of the sound tensors of a row, and the first fault."""
-    sound: dict[str, _Stored] = {}
-    faults = []
+def _checked(
+    stored: Sequence[StoredTensor],
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, str]]]:
+    """Shapes of the sound tensors of a row, and the faults of the others."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    faults = {}
     for tensor in stored:
         try:
             if tensor.dtype() is not None:
-                sound[tensor.stem] = tensor
-        except _Damaged as damage:
-            faults.append((damage.reason, damage.detail))
-    latent, image = sound.get("vae_latent"), sound.get("first_frame_latent")
-    if latent and image and latent.shape != image.shape:
-        detail = f"first_frame_latent is {list(image.shape)}, vae_latent {list(latent.shape)}"
-        faults.append(("unequal_latents", detail))
-    return frozenset(sound), faults[0] if faults else None
+                shapes[tensor.stem] = tensor.checked_shape()
+        except Damaged as damage:
+            faults[tensor.stem] = (damage.reason, damage.detail)
+    latent, image = shapes.get("vae_latent"), shapes.get("first_frame_latent")
+    if latent and image and latent != image:
+        detail = f"first_frame_latent is {list(image)}, vae_latent {list(latent)}"
+        faults["first_frame_latent"] = ("unequal_latents", detail)
+        del shapes["first_frame_latent"]
+    return shapes, faults
 
 
 def _single_rows(
@@ -398,25 +320,16 @@ def _single_rows(
 
 
 def _tensors(batch: Any, stems: Sequence[str]) -> dict[str, "Tensor"]:
-    tensors = {}
+    found = {}
     for stem in stems:
-        data = batch.column(f"{stem}_bytes")[0].as_buffer() or b""
-        shape = batch.column(f"{stem}_shape")[0].as_py() or ()
         name = f"{stem}_dtype"
-        declared = _list(batch.column(name))[0] if name in batch.schema.names else ""
-        stored = _Stored(stem, len(data), tuple(shape), declared)
-        dtype = stored.dtype()
-        if dtype is not None:
-            tensors[stem] = _tensor(data, stored.checked_shape(), dtype)
-    return tensors
-
-
-def _tensor(data: Any, shape: tuple[int, ...], dtype: str) -> "Tensor":
-    import torch
-
-    stored = "int16" if dtype == "bfloat16" else dtype  # numpy has no bfloat16
-    values = torch.from_numpy(np.frombuffer(data, stored).copy())
-    return values.view(getattr(torch, dtype)).view(shape)
+        found[stem] = restored(
+            stem,
+            batch.column(f"{stem}_bytes")[0].as_buffer() or b"",
+            shape=batch.column(f"{stem}_shape")[0].as_py(),
+            declared=_list(batch.column(name))[0] if name in batch.schema.names else "",
+        )
+    return {stem: tensor for stem, tensor in found.items() if tensor is not None}
 
 
 def _changed(path: Path, row: int, detail: str) -> UserError:

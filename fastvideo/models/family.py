@@ -201,11 +201,7 @@ def quiet_libraries() -> None:
 
 
 def set_up(pipeline: "DiffusionPipeline", settings: SamplerSettings) -> "DiffusionPipeline":
-    """Bring a loaded pipeline to its device with the memory options.
-
-    Raises:
-        UserError: Offloading where there is no GPU to offload from.
-    """
+    """Bring a loaded pipeline to its device with the memory options."""
     pipeline.set_progress_bar_config(disable=True)
     if settings.flow_shift is not None:
         scheduler = pipeline.scheduler
@@ -215,8 +211,7 @@ def set_up(pipeline: "DiffusionPipeline", settings: SamplerSettings) -> "Diffusi
         pipeline.vae.enable_tiling()
     if settings.offload == "none":
         return pipeline.to(settings.device)
-    if settings.device == "cpu":
-        raise UserError(f"generate.offload={settings.offload}: is for a GPU; use none on the CPU")
+    assert settings.device != "cpu", "refused before loading"
     if settings.offload == "model":
         pipeline.enable_model_cpu_offload(device=settings.device)
     else:

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.errors import UserError
+from fastvideo.hashing import HashCache, fingerprint
+
+TRACES = ("_diffusers_version", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Keys of a config that do not say what the model computes; recipes choose the dtype."""
 
 
 def find_model(path: str) -> Path:
@@ -70,6 +74,17 @@ def loading(path: Path, part: str) -> Iterator[None]:
             f"model.path={path}: its {part} cannot be loaded ({reason}); fetch it again, or give "
             "a whole diffusers folder of the recipe's model.family"
         ) from error
+
+
+def content_hash(file: Path, hashes: HashCache) -> str:
+    """Hash of what a file of a model says: configs without the traces of what wrote them.
+
+    So 1.3B and 14B, whose repositories hold the same encoders, share their shards.
+    """
+    if file.name != "config.json":
+        return hashes.sha256(file)
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return fingerprint({key: config[key] for key in config if key not in TRACES})
 
 
 def files_of(path: Path, *folders: str) -> list[Path]:

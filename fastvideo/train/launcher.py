@@ -16,7 +16,7 @@ from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
-from fastvideo.models.folder import find_model, read_config
+from fastvideo.models.folder import content_hash, find_model, read_config
 from fastvideo.state import RunDir, ShardStore, TrainDir
 from fastvideo.train.stop import StopRequest
 
@@ -195,7 +195,7 @@ def _check_vae(path: Path, store: ShardStore, settings: dict[str, Any]) -> None:
     """Where the model's VAE is at hand, it must be the one the shards were encoded with."""
     hashes = hashing.HashCache(store.hashes)
     for name, sha256 in settings["encoders"].get("vae", {}).items():
-        if (path / name).is_file() and hashes.sha256(path / name) != sha256:
+        if (path / name).is_file() and content_hash(path / name, hashes) != sha256:
             raise UserError(
                 f"{store.root}: was encoded with another VAE than {path / name}; run preprocess, "
                 "or use the model.path the shards were made with"

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from fastvideo import generate as sampling
 from fastvideo.config.recipe import Recipe
+from fastvideo.errors import UserError
 from fastvideo.export import export
 from fastvideo.generate import generate
 from fastvideo.models.family import find_family
@@ -250,6 +251,50 @@ def test_a_bfloat16_export_loads_as_the_float32_export_does_in_bfloat16(
         for key, tensor in expected.state_dict().items():
             assert torch.equal(tensor, found.state_dict()[key]), key
             assert stored[key].dtype == tensor.dtype, key
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tiny_wan2.1_t2v_full", "generate.flow_shift=9"),
+        ("tiny_hunyuan_t2v_full", "generate.flow_shift=1.5"),
+        ("tiny_hunyuan_t2v_full", "generate.guidance_scale=9"),
+        ("tiny_wan2.2_t2v_a14b_full", "generate.guidance_scale_2=4"),
+        ("tiny_wan2.2_i2v_a14b_full", "generate.seed=3"),
+        ("tiny_wan2.1_i2v_full", "generate.negative_prompt=blue"),
+    ],
+)
+def test_each_setting_of_sampling_has_its_effect(
+    jobs: dict[str, Job], name: str, change: str, tmp_path: Path
+) -> None:
+    videos = []
+    for number, overrides in enumerate(((), (change,))):
+        run_dir = f"run_dir={tmp_path / str(number)}"
+        guided = "generate.guidance_scale=3"
+        recipe = jobs[name].load(run_dir, "generate.weights=base", guided, *overrides)
+        made = generate(recipe)["videos"]
+        videos.append(Path(made[0]).read_bytes())
+    assert videos[0] != videos[1]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_tiling_of_small_videos_changes_nothing(
+    jobs: dict[str, Job], name: str, tmp_path: Path
+) -> None:
+    """They are one tile; that larger ones come out too is diffusers' own."""
+    videos = []
+    for tiling in ("false", "true"):
+        run_dir = f"run_dir={tmp_path / tiling}"
+        recipe = jobs[name].load(run_dir, "generate.weights=base", f"generate.vae_tiling={tiling}")
+        videos.append(Path(generate(recipe)["videos"][0]).read_bytes())
+    assert videos[0] == videos[1]
+
+
+def test_offloading_is_refused_on_the_cpu(jobs: dict[str, Job], tmp_path: Path) -> None:
+    job = jobs["tiny_wan2.1_t2v_full"]
+    recipe = job.load(f"run_dir={tmp_path}", "generate.weights=base", "generate.offload=model")
+    with pytest.raises(UserError, match="offload=model: is for a GPU"):
+        generate(recipe)
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -13,9 +13,13 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from torch import Tensor
 
+from fastvideo import state
+from fastvideo.config.prompts import load_prompts
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.decode import decode_clip
+from fastvideo.data.first_image import first_image
 from fastvideo.data.loader import Place
+from fastvideo.data.shard import stored_tensor
 from fastvideo.models import family as families
 from fastvideo.models import flow, hunyuan, wan21, wan_encoders
 from fastvideo.models.family import Batch, Family, LatentStatistics, SamplerSettings, Text
@@ -301,3 +305,74 @@ def test_a_wrong_input_is_noticed(
     _, names, error = next(compared(prepare(pair)))
     assert argument in names
     assert error > 1e-3, "the model does not look at it"
+
+
+# ---------------------------------------------------------------- validation's first images
+
+
+I2V = [pair for pair in PAIRS if pair.task == "i2v"]
+
+
+@pytest.mark.parametrize("pair", I2V, ids=str)
+def test_first_images_of_prompts_are_stored_as_the_pipeline_uses_them(
+    pair: Pair, prepare: Callable[[Pair], Job]
+) -> None:
+    job = prepare(pair)
+    store = ShardStore(job.recipe.shards.path)
+    marker = state.read_marker(store.validation)
+    assert marker is not None
+    empty, *rows = marker["rows"]
+    assert "first_frame_latent" not in empty["tensors"]
+    pipeline = job.pipeline()
+    clip = job.recipe.clip
+    for prompt, row in zip(load_prompts(job.world.root / "prompts.json"), rows, strict=True):
+        stored = {
+            name: tensor.read()
+            for name in row["tensors"]
+            if (tensor := stored_tensor(store.validation, row, name)) is not None
+        }
+        assert prompt.first_image is not None
+        image = first_image(prompt.first_image, height=clip.height, width=clip.width)
+        assert stored["pil_image"].dtype == torch.float32, "as shards.dtype says"
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)
+        assert torch.equal(stored["pil_image"], pixels.float())
+        calls: list[dict[str, Any]] = []
+        hook = pipeline.transformer.register_forward_pre_hook(
+            lambda _, __, given, calls=calls: calls.append(given), with_kwargs=True
+        )
+        pipeline(
+            image=Image.fromarray(image),
+            prompt=prompt.caption,
+            num_frames=clip.num_frames,
+            height=clip.height,
+            width=clip.width,
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            output_type="latent",
+        )
+        hook.remove()
+        given = calls[0]
+        latent = stored["first_frame_latent"]
+        if pair.family == "wan2.2-ti2v-5b":
+            assert torch.equal(given["hidden_states"][0, :, :1], latent)
+        else:
+            assert torch.equal(given["hidden_states"][0, -16:], latent)
+        features = given["encoder_hidden_states_image"]
+        assert ("clip_feature" in stored) == (features is not None)
+        if features is not None:
+            assert torch.equal(features[0], stored["clip_feature"])
+
+
+def test_another_first_image_encodes_the_prompts_anew_and_no_clip(
+    prepare: Callable[[Pair], Job],
+) -> None:
+    job = prepare(Pair("wan2.2-ti2v-5b", "i2v", width=64))
+    store = ShardStore(job.recipe.shards.path)
+    shard, before = store.shard(0).read_bytes(), store.validation.read_bytes()
+    assert preprocess(job.recipe)["filled"] == []
+    assert store.validation.read_bytes() == before
+    image = Image.open(job.world.root / "first.png").rotate(180)
+    image.save(job.world.root / "first.png")
+    assert preprocess(job.recipe)["filled"] == []
+    assert store.validation.read_bytes() != before
+    assert store.shard(0).read_bytes() == shard
