@@ -160,7 +160,11 @@ class Wan21:
 
         quiet_libraries()
         kind = getattr(diffusers, self.pipeline)
-        parts: dict[str, Any] = dict(transformers)
+        # Some conversions of Wan2.1 carry the boundary of experts that they do not have.
+        parts: dict[str, Any] = {
+            **transformers,
+            "boundary_ratio": check(path, self._model).boundary,
+        }
         with loading(path, "pipeline"):
             parts["vae"] = AutoencoderKLWan.from_pretrained(
                 path, subfolder="vae", dtype=torch.float32, local_files_only=True
