@@ -266,7 +266,7 @@ def make_recipe(root: Path) -> Recipe:
     tree = {
         "model": {"family": "wan2.1", "path": "none"},
         "clip": CLIP,
-        "source": {"path": str(root / "data")},
+        "source": {"kind": "merged", "path": str(root / "data")},
         "shards": {"path": str(root / "shards"), "rows": 8},
         "run_dir": str(root / "run"),
         "preprocess": {"decode_workers": 0},

@@ -76,7 +76,7 @@ MODELS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "image to video": (
         "preprocess",
         edit("transformer/config.json", in_channels=36, image_dim=1280),
-        ["36 channels", "text-to-video only"],
+        ["36 channels", "image-to-video"],
     ),
 }
 
