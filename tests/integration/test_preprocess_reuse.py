@@ -224,6 +224,23 @@ def test_latents_are_the_raw_mode_of_the_vae(world: World, tiny_model: Path) -> 
         assert torch.equal(samples[i].vae_latent, expected)
 
 
+def test_traces_of_what_wrote_a_config_encode_nothing_anew(
+    world: World, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Repositories of other sizes hold the same encoders, saved by other versions."""
+    fill(world)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    where = f"model.path={model}"
+    config = model / "vae/config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "_diffusers_version": "0.1", "dtype": "bfloat16"}))
+    assert fill(world, where) == []
+    mean = [value + 1 for value in content["latents_mean"]]
+    config.write_text(json.dumps({**content, "latents_mean": mean}))
+    assert fill(world, where) == [0, 1]
+
+
 def test_a_manifest_planned_anew_while_encoders_load_loses_no_clip(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
