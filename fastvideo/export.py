@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastvideo import atomic, hashing, model_card, state
+from fastvideo import atomic, hashing, model_card, state, trained
 from fastvideo.config.recipe import Recipe
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
@@ -31,12 +31,11 @@ def export(recipe: Recipe) -> dict[str, Any]:
         UserError: There is no complete checkpoint.
     """
     run_dir = RunDir(recipe.run_dir)
-    checkpoints = state.newest_checkpoints(run_dir, recipe.architecture.transformers)
+    base = find_model(recipe.model.path)
+    checkpoints = trained.newest(recipe, base)
     for folder in recipe.architecture.transformers:
         if folder not in checkpoints:
             logger.warning("%s was not trained in this run and stays the base model's", folder)
-    base = find_model(recipe.model.path)
-    find_family(recipe).check(base)
     made_from = {
         "schema": state.SCHEMA_VERSION,
         "checkpoints": {

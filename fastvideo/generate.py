@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvideo import atomic, hashing
+from fastvideo import atomic, hashing, trained
 from fastvideo.config.prompts import Prompt, load_prompts
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.first_image import first_image, prompt_to_encode
@@ -13,7 +13,7 @@ from fastvideo.errors import UserError
 from fastvideo.log import Progress, logger
 from fastvideo.models.family import SamplerSettings, find_family, pick_device
 from fastvideo.models.folder import find_model
-from fastvideo.state import RunDir, checkpoint_marker, newest_checkpoints
+from fastvideo.state import RunDir, checkpoint_marker
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,7 +130,7 @@ def _model(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
     if recipe.generate.weights == "base":
         return {"path": recipe.model.path, "files": hashing.folder_stamp(base)}
     if recipe.generate.weights == "checkpoint":
-        found = newest_checkpoints(run_dir, recipe.architecture.transformers)
+        found = trained.newest(recipe, base)
         return {
             "path": recipe.model.path,
             "files": hashing.folder_stamp(base, without=tuple(found)),
@@ -164,9 +164,7 @@ def _load(recipe: Recipe, path: str) -> "DiffusionPipeline":
     if spec.weights == "checkpoint":
         from fastvideo.checkpoint import load_weights
 
-        run_dir = RunDir(recipe.run_dir)
-        found = newest_checkpoints(run_dir, recipe.architecture.transformers)
-        for name, checkpoint in found.items():
+        for name, checkpoint in trained.newest(recipe, folder).items():
             model: Any = family.load_transformer(folder, folder=name, dtype=spec.dtype)
             load_weights(checkpoint, model)
             transformers[name] = model

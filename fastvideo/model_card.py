@@ -22,7 +22,7 @@ def text(recipe: Recipe, *, base: Path, pipeline: str, trained: Mapping[str, Any
         recipe: The recipe, printed in full.
         base: Folder of the base model; its card's licence is carried over.
         pipeline: Class of diffusers that loads the result.
-        trained: For each transformer the marker of its checkpoint.
+        trained: For each transformer that was trained the marker of its checkpoint.
     """
     head = {
         "library_name": "diffusers",
@@ -31,7 +31,7 @@ def text(recipe: Recipe, *, base: Path, pipeline: str, trained: Mapping[str, Any
         **_from_hub(recipe),
         **_licence(base),
     }
-    rows = [_row(recipe, name, marker) for name, marker in trained.items()]
+    rows = [_row(name, trained.get(name)) for name in recipe.architecture.transformers]
     return "\n".join(
         [
             "---",
@@ -63,9 +63,10 @@ def text(recipe: Recipe, *, base: Path, pipeline: str, trained: Mapping[str, Any
     )
 
 
-def _row(recipe: Recipe, name: str, marker: Mapping[str, Any]) -> str:
-    step, clips = marker["step"], marker["clips"]
-    samples = step * recipe.train.global_batch_size
+def _row(name: str, marker: Mapping[str, Any] | None) -> str:
+    if marker is None:
+        return f"| `{name}` | not trained, the base model's | | | |"
+    step, samples, clips = marker["step"], marker["samples"], marker["clips"]
     return f"| `{name}` | {step} | {samples} | {clips['train']} | {clips['heldout']} |"
 
 

@@ -2,6 +2,7 @@
 """The recipe: which model, which clips, how to train and what to sample. One file, every verb."""
 
 import itertools
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -107,7 +108,10 @@ class MergedSource(Spec):
 
 
 class ParquetSource(Spec):
-    """Parquet files that upstream FastVideo's preprocessing wrote: nothing is encoded again."""
+    """Parquet files that upstream FastVideo's preprocessing wrote: nothing is encoded again.
+
+    Rows with an empty caption train without a text, as its `training_cfg_rate` means them.
+    """
 
     kind: Literal["parquet"] = "parquet"
     """Form of the data set."""
@@ -253,7 +257,7 @@ class Recipe(Spec):
             "run_dir": self.run_dir,
         }
         for (name, one), (other, two) in itertools.combinations(folders.items(), 2):
-            if one.absolute() == two.absolute():
+            if os.path.realpath(one) == os.path.realpath(two):
                 raise ValueError(f"{other}={two}: is {name} as well; give each a folder of its own")
         return self
 

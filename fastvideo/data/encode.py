@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo import state
 from fastvideo.config.recipe import ParquetSource, Recipe
 from fastvideo.data.adopt import Adopted, Normalisation, adopted
 from fastvideo.data.decode_ahead import Decoded, Frames, VideoFile, decode_ahead
@@ -101,10 +100,9 @@ def adopt_shards(
     statistics = LatentStatistics(tuple(settings["latents_mean"]), tuple(settings["latents_std"]))
     seen = Normalisation(source, statistics)
     rows = {index: _planned_rows(store, plan, index) for index in missing}
-    text_dim = _text_dim(store, settings)
     with contextlib.closing(Progress("clips", total=sum(map(len, rows.values())))) as progress:
         for index in missing:
-            found = adopted(recipe, rows[index], columns=columns, text_dim=text_dim)
+            found = adopted(recipe, rows[index], columns=columns)
             write_shard(
                 store.shard(index),
                 _adopt(recipe, zip(rows[index], found, strict=True), seen, progress),
@@ -113,14 +111,6 @@ def adopt_shards(
                 point="shard",
             )
     seen.report()
-
-
-def _text_dim(store: ShardStore, settings: dict[str, Any]) -> int | None:
-    """Width of the text encoder's embeddings; None where no prompt was encoded yet."""
-    marker = state.read_marker(store.validation)
-    if marker is None or marker["settings"] != settings:
-        return None
-    return int(marker["rows"][0]["tensors"]["text_embedding"]["shape"][-1])
 
 
 def _adopt(
@@ -133,7 +123,8 @@ def _adopt(
         seen.see(given.tensors["vae_latent"])
         latents = _cast(recipe, given.tensors, name=clip.id)
         tensors = {**latents, **_texts(recipe, [given.text])}
-        yield Row(tensors, _values(recipe, clip, latents["vae_latent"], [given.text]))
+        values = _values(recipe, clip, latents["vae_latent"], [given.text])
+        yield Row(tensors, {**values, "file_name": clip.id})  # clip.path is that of the Parquet
         progress.advance(clip.id)
 
 

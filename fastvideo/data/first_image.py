@@ -37,7 +37,7 @@ def prompt_to_encode(recipe: Recipe, prompt: Prompt, *, origin: str) -> PromptTo
 
     Raises:
         UserError: ``origin`` names the prompt: a size that does not fit the model, a first image
-            for text-to-video, or none for image-to-video.
+            for text-to-video, or for image-to-video none or one that cannot be read.
     """
     size = {
         "num_frames": prompt.num_frames or recipe.clip.num_frames,
@@ -55,7 +55,17 @@ def prompt_to_encode(recipe: Recipe, prompt: Prompt, *, origin: str) -> PromptTo
         )
     if image is None and recipe.model.task == "i2v":
         raise UserError(f"{origin}: has no first image; add image_path or video_path")
+    if image is not None:
+        _check_picture(image, origin=origin, height=size["height"], width=size["width"])
     return PromptToEncode(prompt.caption, image, **size)
+
+
+def _check_picture(path: Path, *, origin: str, height: int, width: int) -> None:
+    """Read it once: a broken file is to come up before models are loaded, or trained for days."""
+    try:
+        first_image(path, height=height, width=width)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
 
 
 def first_image(path: Path, *, height: int, width: int) -> npt.NDArray[np.uint8]:

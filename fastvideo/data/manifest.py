@@ -104,7 +104,9 @@ def _judged(
     """A row per item of the source, without places."""
     source = recipe.source
     if isinstance(source, ParquetSource):
-        return judge_parquet(recipe, source, store=store, columns=settings["columns"])
+        return judge_parquet(
+            recipe, source, store=store, columns=settings["columns"], placed=previous.places()
+        )
     known = previous.examined()
     return judge_merged(recipe, source, known=known, journal=store.probes)
 
@@ -116,7 +118,7 @@ def _place(
     rows: Sequence[ClipRow], *, previous: "Manifest", rows_per_shard: int
 ) -> tuple[list[ClipRow], int]:
     """Give accepted rows a shard and a row; also returns the next free shard."""
-    places = {row.path: (row.shard, row.row) for row in previous.rows if row.shard is not None}
+    places = previous.places()
     accepted = [index for index, row in enumerate(rows) if row.state == "accepted"]
     kept = sorted((places[rows[i].path], i) for i in accepted if rows[i].path in places)
     new = [i for i in accepted if rows[i].path not in places]
@@ -152,6 +154,14 @@ class Manifest:
             assert row.shard is not None
             shards.setdefault(row.shard, {})[row.id] = (row.sha256, row.captions)
         return shards
+
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Shard and row of each clip that has them, by path."""
+        return {
+            row.path: (row.shard, row.row)
+            for row in self.rows
+            if row.shard is not None and row.row is not None
+        }
 
     def examined(self) -> dict[str, Examined]:
         """What is known of the files, by path, if this version of the code found it."""

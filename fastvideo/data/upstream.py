@@ -51,7 +51,7 @@ class StoredClip:
         fps: As stored, which is that of the video, not that of the frames taken; 0 if unknown.
         duration_s: As stored, 0 if unknown.
         shapes: Those of the sound tensors that the row has, by stem. Latent frames are counted
-            here: the column ``num_frames`` holds latent or pixel frames, depending on what wrote it.
+            here: the column ``num_frames`` holds latent or pixel frames, as its writer had it.
         sha256: Of caption and tensors; equal for rows with the same content.
         faults: Why a tensor cannot be used, by stem: in snake_case, and the value at fault.
     """

@@ -61,7 +61,7 @@ def detect(path: Path) -> Checkpoint:
     if name == "HunyuanVideoPipeline":
         _check_hunyuan(path)
         return Checkpoint("hunyuan-video", ("t2v",), has_clip=False, boundary=None)
-    if name not in WAN_PIPELINES:
+    if not isinstance(name, str) or name not in WAN_PIPELINES:  # a list names custom code
         raise UserError(
             f"model.path={path}: is a {name}, as the _class_name of its model_index.json says; "
             "give the folder of a Wan2.1 or Wan2.2 (text-to-video, image-to-video) or HunyuanVideo "
@@ -130,7 +130,7 @@ def _wan_task(path: Path, index: dict[str, Any]) -> tuple[str, bool]:
             "models; give the folder of one"
         )
     channels = config.get("in_channels")
-    if channels not in CHANNELS:
+    if not isinstance(channels, int) or channels not in CHANNELS:
         kinds = " or ".join(f"{count} ({NAMES[task]})" for count, task in CHANNELS.items())
         raise UserError(
             f"model.path={path}: its transformer takes {channels} channels (in_channels); this "

@@ -16,9 +16,10 @@ from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
-from fastvideo.models.folder import content_hash, find_model, read_config
+from fastvideo.models.folder import content_hash, find_model
 from fastvideo.state import RunDir, ShardStore, TrainDir
 from fastvideo.train.stop import StopRequest
+from fastvideo.trained import NAMES, model_facts
 
 MAY_CHANGE = (
     "run_dir",
@@ -58,47 +59,69 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
         Stopped: A stop was asked for; the state is saved.
         UserError: The run cannot start or go on as asked, with the reason.
     """
+    store = ShardStore(recipe.shards.path)
+    directories = {name: RunDir(recipe.run_dir).training(name) for name in recipe.transformers}
+    # A finished run stays finished when its shards are gone.
+    done = all(_finished(directory, recipe) for directory in directories.values())
+    plan = None if done and store.read_plan() is None else state.complete_plan(store)
     # Made where there is something to train, and once: what stops one expert stops the other.
     stop = functools.cache(lambda: StopRequest(RunDir(recipe.run_dir)))
-    return {
-        "trained": {
-            folder: _train(recipe, folder, force=force, stop=stop) for folder in recipe.transformers
+    # Everything is checked before the first transformer trains, and before anything is written.
+    about = {name: _about(recipe, name, store, plan) if plan else {} for name in directories}
+    with contextlib.ExitStack() as locks:
+        for name, directory in directories.items():
+            locks.enter_context(_alone(directory))
+            if not force:
+                _check_begun(recipe, directory, about[name])
+        return {
+            "trained": {
+                name: _train(recipe, name, plan=plan, about=about[name], stop=stop)
+                for name in directories
+            }
         }
-    }
+
+
+def _check_begun(recipe: Recipe, directory: TrainDir, about: dict[str, Any]) -> None:
+    if begun := _newest(directory):
+        _check_recipe(recipe, directory)
+        _check_same(begun, about)
 
 
 def _train(
-    recipe: Recipe, transformer: str, *, force: bool, stop: Callable[[], StopRequest]
+    recipe: Recipe,
+    transformer: str,
+    *,
+    plan: dict[str, Any] | None,
+    about: dict[str, Any],
+    stop: Callable[[], StopRequest],
 ) -> dict[str, Any]:
     directory = RunDir(recipe.run_dir).training(transformer)
-    with _alone(directory):
-        steps = directory.complete_checkpoints()
-        begun = directory.checkpoint(steps[-1]) if steps else None
-        finished = begun is not None and _finished(begun, recipe)
-        store = ShardStore(recipe.shards.path)
-        # A finished run stays finished when its shards are gone.
-        plan = None if finished and store.read_plan() is None else state.complete_plan(store)
-        about = _about(recipe, transformer, store, plan) if plan else {}
-        if begun and not force:
-            _check_recipe(recipe, directory)
-            _check_same(begun, about)
-        state.prune_checkpoints(directory, keep_last=recipe.train.checkpoint.keep_last)
-        if begun and finished:
-            logger.info("already trained: %s", begun)
-            return {"step": steps[-1], "ran": False}
-        assert plan is not None
-        if recipe.train.schedule.warmup_steps >= recipe.train.steps:
-            logger.warning("train.schedule.warmup_steps reaches past train.steps: no peak")
-        atomic.write_bytes(directory.recipe, recipe.dump().encode(), point="recipe")
+    state.prune_checkpoints(directory, keep_last=recipe.train.checkpoint.keep_last)
+    if _finished(directory, recipe):
+        logger.info("already trained: %s", _newest(directory))
+        return {"step": directory.complete_checkpoints()[-1], "ran": False}
+    assert plan is not None
+    if recipe.train.schedule.warmup_steps >= recipe.train.steps:
+        logger.warning("train.schedule.warmup_steps reaches past train.steps: no peak")
+    atomic.write_bytes(directory.recipe, recipe.dump().encode(), point="recipe")
 
-        from fastvideo.train import worker
+    from fastvideo.train import worker
 
-        worker.train(recipe, transformer=transformer, plan=plan, about=about, stop=stop())
-        return {"step": recipe.train.steps, "ran": True}
+    worker.train(recipe, transformer=transformer, plan=plan, about=about, stop=stop())
+    return {"step": recipe.train.steps, "ran": True}
 
 
-def _finished(newest: Path, recipe: Recipe) -> bool:
+def _newest(directory: TrainDir) -> Path | None:
+    """The newest complete checkpoint."""
+    steps = directory.complete_checkpoints()
+    return directory.checkpoint(steps[-1]) if steps else None
+
+
+def _finished(directory: TrainDir, recipe: Recipe) -> bool:
     """Whether the last step is done and its held-out loss measured."""
+    newest = _newest(directory)
+    if newest is None:
+        return False
     marker = state.read_checkpoint_marker(newest)
     assert marker is not None
     return bool(marker["step"] >= recipe.train.steps and marker["measured"])
@@ -129,13 +152,11 @@ def _about(
     family = find_family(recipe)
     family.check(path)
     _check_shards(recipe, store, plan["settings"], columns=family.columns(path))
-    _check_vae(path, store, plan["settings"])
-    interval = family.interval(path, folder=transformer)
+    _check_encoders(path, store, plan["settings"])
     return {
+        **model_facts(recipe, path, transformer=transformer),
         "clips": state.data_fingerprint(store, plan),
-        "transformer": hashing.fingerprint(read_config(path, f"{transformer}/config.json")),
         "shift": recipe.train.timesteps.shift or family.flow_shift(path),
-        "interval": [interval.low, interval.high],
     }
 
 
@@ -191,15 +212,24 @@ def _check_shards(
         )
 
 
-def _check_vae(path: Path, store: ShardStore, settings: dict[str, Any]) -> None:
-    """Where the model's VAE is at hand, it must be the one the shards were encoded with."""
+PARTS = {"vae": "VAE", "text": "text encoder", "image": "image encoder"}
+
+
+def _check_encoders(path: Path, store: ShardStore, settings: dict[str, Any]) -> None:
+    """Where the model's encoders are at hand, they must be those the shards were encoded with.
+
+    Of the VAE every file counts; of the others, which may be tens of GB, the configs.
+    """
     hashes = hashing.HashCache(store.hashes)
-    for name, sha256 in settings["encoders"].get("vae", {}).items():
-        if (path / name).is_file() and content_hash(path / name, hashes) != sha256:
-            raise UserError(
-                f"{store.root}: was encoded with another VAE than {path / name}; run preprocess, "
-                "or use the model.path the shards were made with"
-            )
+    for part, files in settings["encoders"].items():
+        for name, sha256 in files.items():
+            file = path / name
+            looked_at = file.is_file() and (part == "vae" or file.suffix == ".json")
+            if looked_at and content_hash(file, hashes) != sha256:
+                raise UserError(
+                    f"{store.root}: was encoded with another {PARTS[part]} than {file}; "
+                    "run preprocess, or use the model.path the shards were made with"
+                )
 
 
 def _check_same(begun: Path, about: dict[str, Any]) -> None:
@@ -207,13 +237,12 @@ def _check_same(begun: Path, about: dict[str, Any]) -> None:
     marker = state.read_checkpoint_marker(begun)
     assert marker is not None
     names = {
+        **NAMES,
         "clips": "the shards hold other clips, or other ones are held out",
-        "transformer": "the base model has another architecture",
         "shift": "the base model's flow_shift is another",
-        "interval": "the base model's boundary_ratio is another",
     }
     for key, value in about.items():
-        if marker["about"][key] != value:
+        if marker["about"].get(key) != value:
             raise UserError(
                 f"{begun}: was trained when this was different: {names[key]}. Choose another "
                 "run_dir for a new run, or go on from here with --force (and more train.steps)"

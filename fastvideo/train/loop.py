@@ -213,7 +213,13 @@ def _measure_heldout(job: Job, step: int, metrics: Metrics) -> bool:
 
 def _save(job: Job, now: Progressed) -> None:
     clips = {"train": len(job.draw.samples), "heldout": len(job.heldout.samples)}
-    about = {"about": job.about, "clips": clips, "losses": now.losses, "measured": now.measured}
+    about = {
+        "about": job.about,
+        "clips": clips,
+        "samples": now.step * job.train.global_batch_size,
+        "losses": now.losses,
+        "measured": now.measured,
+    }
     saved = Saved(job.model, job.optimizer)
     folder = checkpoint.save(job.directory, saved, step=now.step, about=about)
     state.prune_checkpoints(job.directory, keep_last=job.train.checkpoint.keep_last)
@@ -234,6 +240,6 @@ def _check_stop(job: Job, now: Progressed, *, saved: bool) -> None:
     if not saved:
         _save(job, now)
     raise Stopped(
-        f"stopped by {reason} after step {now.step} of {job.train.steps}; the same command "
-        "continues"
+        f"stopped by {reason} after step {now.step} of {job.train.steps} of "
+        f"{job.directory.root.name}; the same command continues"
     )

@@ -123,7 +123,7 @@ def run(root: Path, name: str) -> Job:
 
     def all_verbs() -> None:
         for verb in (preprocess, train, export, generate):
-            verb(recipe)  # type: ignore[operator]
+            verb(recipe)
 
     assert in_fork(all_verbs) == 0, name
     image = folder / "image.png"
@@ -318,6 +318,15 @@ def test_a_second_run_does_nothing(jobs: dict[str, Job], name: str) -> None:
     assert not any(trained["ran"] for trained in train(recipe)["trained"].values())
     assert export(recipe)["ran"] is False
     assert generate(recipe)["made"] == 0
+
+
+def test_a_run_of_another_model_is_neither_exported_nor_sampled(jobs: dict[str, Job]) -> None:
+    """Wan2.1's weights would fit the high-noise expert."""
+    where = f"run_dir={jobs['tiny_wan2.1_t2v_full'].recipe.run_dir}"
+    recipe = jobs["tiny_wan2.2_t2v_a14b_full"].load(where, "generate.weights=checkpoint")
+    for verb in (export, generate):
+        with pytest.raises(UserError, match=r"model\.family is another"):
+            verb(recipe)
 
 
 def test_both_tasks_of_ti2v_share_their_shards(jobs: dict[str, Job]) -> None:

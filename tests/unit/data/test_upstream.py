@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upstream's Parquet: folder layouts, variants of its rows, damage, exact tensors."""
 
+import dataclasses
 import errno
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fastvideo.data.upstream import TENSORS, parquet_files, read_clips, read_tensors
+from fastvideo.data.upstream import parquet_files, read_clips, read_tensors
+from fastvideo.data.upstream_tensor import TENSORS
 from fastvideo.errors import UserError
 from tests.upstream_files import (
     I2V,
@@ -62,9 +64,9 @@ def test_every_row_of_both_folder_layouts_is_read_exactly(
     assert found.keys() == {sample.id for sample in samples}
     for sample in samples:
         clip, read = found[sample.id]
-        assert clip.fault is None
+        assert not clip.faults
         assert clip.caption == sample.caption
-        assert clip.tensors == sample.tensors.keys()
+        assert clip.shapes.keys() == sample.tensors.keys()
         assert equal(read, expected(sample))
 
 
@@ -128,8 +130,8 @@ def test_tensors_come_in_the_type_they_are_stored_in(dtype: str, tmp_path: Path)
     write_file(tmp_path / FILE, [sample], I2V)
     (clip,) = read_clips(tmp_path, FILE)
     (read,) = read_tensors(tmp_path, FILE, [0])
-    assert clip.fault is None
-    assert clip.tensors == read.keys() == {*TENSORS} - {"pil_image"}
+    assert not clip.faults
+    assert clip.shapes.keys() == read.keys() == {*TENSORS} - {"pil_image"}
     for stem, tensor in read.items():
         assert tensor.dtype == getattr(torch, dtype)
         torch.testing.assert_close(tensor.float(), expected(sample)[stem], rtol=2**-7, atol=2**-20)
@@ -142,7 +144,7 @@ def test_tensors_come_in_the_type_they_are_stored_in(dtype: str, tmp_path: Path)
 def test_images_of_both_stacks_are_read(image: str, dtype: torch.dtype, tmp_path: Path) -> None:
     samples = random_samples(2, task="i2v", geometry=Geometry(image=image))
     write_file(tmp_path / FILE, samples, I2V)
-    assert all(clip.fault is None for clip in read_clips(tmp_path, FILE))
+    assert all(not clip.faults for clip in read_clips(tmp_path, FILE))
     for read, sample in zip(read_tensors(tmp_path, FILE, [0, 1]), samples, strict=True):
         assert read["pil_image"].dtype == dtype
         assert torch.equal(read["pil_image"], expected(sample)["pil_image"])
@@ -155,7 +157,7 @@ def test_an_unnamed_type_is_float32(dtype: str | None, image: str, tmp_path: Pat
     geometry = Geometry(image=image)
     (sample,) = random_samples(1, task="i2v", geometry=geometry, columns=columns)
     write_file(tmp_path / FILE, [sample], I2V)
-    assert read_clips(tmp_path, FILE)[0].fault is None
+    assert not read_clips(tmp_path, FILE)[0].faults
     assert equal(next(read_tensors(tmp_path, FILE, [0])), expected(sample))
 
 
@@ -165,7 +167,7 @@ def test_type_columns_may_be_missing(tmp_path: Path) -> None:
     rewritten(
         path, lambda table: table.drop_columns([f"{stem}_dtype" for stem in list(TENSORS)[:2]])
     )
-    assert read_clips(tmp_path, FILE)[0].fault is None
+    assert not read_clips(tmp_path, FILE)[0].faults
     assert equal(next(read_tensors(tmp_path, FILE, [0])), expected(sample))
 
 
@@ -178,9 +180,9 @@ def test_optional_tensors_may_be_empty(empty: tuple[Any, Any, Any], tmp_path: Pa
     }
     write_file(tmp_path / FILE, random_samples(1, task="i2v", columns=columns), I2V)
     (clip,) = read_clips(tmp_path, FILE)
-    assert clip.fault is None
-    assert clip.tensors == {"vae_latent", "text_embedding", "first_frame_latent"}
-    assert next(read_tensors(tmp_path, FILE, [0])).keys() == clip.tensors
+    assert not clip.faults
+    assert clip.shapes.keys() == {"vae_latent", "text_embedding", "first_frame_latent"}
+    assert next(read_tensors(tmp_path, FILE, [0])).keys() == clip.shapes.keys()
 
 
 def test_rows_say_what_clip_they_are(tmp_path: Path) -> None:
@@ -188,9 +190,9 @@ def test_rows_say_what_clip_they_are(tmp_path: Path) -> None:
     write_file(tmp_path / "a" / FILE, [sample])
     (clip,) = read_clips(tmp_path, Path("a") / FILE)
     assert (clip.file, clip.row, clip.id, clip.caption) == (f"a/{FILE}", 0, "ü 1", "two\nlines")
-    assert (clip.width, clip.height, clip.num_latent_frames) == (64, 48, 3)
+    assert (clip.width, clip.height) == (64, 48)
     assert (clip.fps, clip.duration_s) == (30.0, 0.3)
-    assert (clip.latent_shape, clip.text_shape) == ((16, 3, 6, 8), (5, 32))
+    assert clip.shapes == {"vae_latent": (16, 3, 6, 8), "text_embedding": (5, 32)}
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -207,7 +209,7 @@ def test_width_and_height_are_upright_in_both_stacks(
 def test_latent_frames_are_counted_in_the_latent(tmp_path: Path) -> None:
     # Upstream's script for HunyuanVideo writes the frames of the video into num_frames.
     write_file(tmp_path / FILE, random_samples(1, columns={"num_frames": 9}))
-    assert read_clips(tmp_path, FILE)[0].num_latent_frames == 3
+    assert read_clips(tmp_path, FILE)[0].shapes["vae_latent"][1] == 3
 
 
 def test_what_a_clip_can_do_without_may_be_missing(tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_what_a_clip_can_do_without_may_be_missing(tmp_path: Path) -> None:
     about = ["file_name", "media_type", "width", "height", "num_frames", "duration_sec", "fps"]
     rewritten(path, lambda table: table.drop_columns(about))
     (clip,) = read_clips(tmp_path, FILE)
-    assert clip.fault is None
+    assert not clip.faults
     assert (clip.width, clip.height, clip.fps, clip.duration_s) == (0, 0, 0.0, 0.0)
 
 
@@ -250,20 +252,44 @@ def test_a_row_that_cannot_be_used_says_why(
     damaged = random_samples(1, task="i2v", geometry=geometry, columns=columns)
     write_file(tmp_path / FILE, [sound[0], *damaged, sound[1]], I2V)
     before, clip, after = read_clips(tmp_path, FILE)
-    assert clip.fault is not None
-    assert clip.fault[0] == reason
-    assert detail in clip.fault[1]
-    assert before.fault is None
-    assert after.fault is None
+    ((stem, fault),) = clip.faults.items()
+    assert stem not in clip.shapes
+    assert fault[0] == reason
+    assert detail in fault[1]
+    assert not before.faults
+    assert not after.faults
     for read, sample in zip(read_tensors(tmp_path, FILE, [0, 2]), sound, strict=True):
         assert equal(read, expected(sample))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_values_that_are_not_finite_are_a_fault(dtype: str, value: float, tmp_path: Path) -> None:
+    largest = 65504 if dtype == "float16" else 3e38
+    for spoiled in (largest, -largest, value):
+        (sample,) = random_samples(1, stored_as=dtype)
+        sample.tensors["text_embedding"][-1, -1] = spoiled
+        write_file(tmp_path / FILE, [sample])
+        fault = read_clips(tmp_path, FILE)[0].faults.get("text_embedding")
+        detail = "text_embedding holds values that are not finite"
+        assert fault == (None if np.isfinite(spoiled) else ("not_finite", detail))
+
+
+def test_rows_of_other_shape_or_type_have_other_content(tmp_path: Path) -> None:
+    (one,) = random_samples(1, stored_as="float16")
+    shape, dtype = {"vae_latent_shape": [16, 3, 8, 6]}, {"vae_latent_dtype": "bfloat16"}
+    others = [dataclasses.replace(one, columns=columns) for columns in ({}, shape, dtype)]
+    write_file(tmp_path / FILE, [one, *others])
+    first, same, *changed = (clip.sha256 for clip in read_clips(tmp_path, FILE))
+    assert first == same
+    assert len({first, *changed}) == 3
 
 
 def test_a_tensor_without_its_shape_is_a_fault_of_every_row(tmp_path: Path) -> None:
     path = write_file(tmp_path / FILE, random_samples(2, task="i2v"), I2V)
     rewritten(path, lambda table: table.drop_columns(["clip_feature_shape"]))
-    faults = [clip.fault for clip in read_clips(tmp_path, FILE)]
-    assert faults == [("missing_column", "clip_feature_shape is missing")] * 2
+    faults = [clip.faults for clip in read_clips(tmp_path, FILE)]
+    assert faults == [{"clip_feature": ("missing_column", "clip_feature_shape is missing")}] * 2
     assert "clip_feature" not in next(read_tensors(tmp_path, FILE, [0]))
 
 
@@ -305,7 +331,7 @@ def test_other_encodings_are_read_too(options: dict[str, Any], tmp_path: Path) -
         return table.cast(pa.schema(fields))
 
     rewritten(path, widened, **options)
-    assert [clip.fault for clip in read_clips(tmp_path, FILE)] == [None] * 3
+    assert [clip.faults for clip in read_clips(tmp_path, FILE)] == [{}] * 3
     for read, sample in zip(read_tensors(tmp_path, FILE, range(3)), samples, strict=True):
         assert equal(read, expected(sample))
 
@@ -321,6 +347,12 @@ def test_tensors_can_be_written_to(tmp_path: Path) -> None:
     first, second = read_tensors(tmp_path, FILE, [0, 1])
     first["vae_latent"].zero_()
     assert second["vae_latent"].any()
+
+
+def test_tables_beside_our_own_shards_are_left_out(tmp_path: Path) -> None:
+    for name in ("shard-00000", "manifest", "validation"):
+        write_file(tmp_path / f"{name}.parquet", random_samples(1))
+    assert parquet_files(tmp_path) == (Path("shard-00000.parquet"),)
 
 
 def test_a_file_without_rows_has_no_clips(tmp_path: Path) -> None:

@@ -98,10 +98,15 @@ SPOILED: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
         {"_class_name": "WanVACEPipeline"},
         ["is a WanVACEPipeline", "image-to-video"],
     ),
+    "a pipeline of its own code": (
+        *("wan2.1_t2v_14b", "model_index.json"),
+        {"_class_name": ["pipeline_own", "OwnPipeline"]},
+        ["OwnPipeline"],
+    ),
     "HunyuanVideo I2V": (
         *("hunyuan_t2v", "model_index.json"),
         {"_class_name": "HunyuanVideoImageToVideoPipeline"},
-        ["is a HunyuanVideoImageToVideoPipeline", "HunyuanVideo text-to-video"],
+        ["is a HunyuanVideoImageToVideoPipeline", "HunyuanVideo (text-to-video)"],
     ),
     "HunyuanVideo that is not distilled": (
         *("hunyuan_t2v", "transformer/config.json"),

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which transformers of a run are trained, and whether they fit the recipe's model; no torch."""
+
+from pathlib import Path
+from typing import Any
+
+from fastvideo import hashing, state
+from fastvideo.config.recipe import Recipe
+from fastvideo.errors import UserError
+from fastvideo.models.family import find_family
+from fastvideo.models.folder import read_config
+from fastvideo.state import RunDir
+
+NAMES = {
+    "family": "model.family is another",
+    "task": "model.task is another",
+    "transformer": "the base model has another architecture",
+    "interval": "the base model's boundary_ratio is another",
+}
+"""What a checkpoint remembers of the model it was trained from, and how to say that it differs."""
+
+
+def model_facts(recipe: Recipe, base: Path, *, transformer: str) -> dict[str, Any]:
+    """What training, export and sampling must agree on; plain values."""
+    interval = find_family(recipe).interval(base, folder=transformer)
+    return {
+        "family": recipe.model.family,
+        "task": recipe.model.task,
+        "transformer": hashing.fingerprint(read_config(base, f"{transformer}/config.json")),
+        "interval": [interval.low, interval.high],
+    }
+
+
+def newest(recipe: Recipe, base: Path) -> dict[str, Path]:
+    """The newest complete checkpoint of each transformer that was trained in the run.
+
+    Raises:
+        UserError: None was, or one was trained from another model than the recipe's ``base``.
+    """
+    find_family(recipe).check(base)
+    found = state.newest_checkpoints(RunDir(recipe.run_dir), recipe.architecture.transformers)
+    for transformer, path in found.items():
+        marker = state.read_checkpoint_marker(path)
+        assert marker is not None
+        for key, value in model_facts(recipe, base, transformer=transformer).items():
+            if marker["about"].get(key) != value:
+                raise UserError(
+                    f"{path}: was trained when this was different: {NAMES[key]}; use the recipe "
+                    "and the model.path it was trained with"
+                )
+    return found
