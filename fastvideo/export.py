@@ -75,6 +75,7 @@ def _write(recipe: Recipe, folder: Path, *, base: Path, checkpoints: Mapping[str
     _copy(base, temporary, without=(*checkpoints, model_card.NAME), link=link)
     for name, checkpoint in checkpoints.items():
         _write_transformer(recipe, temporary / name, base=base, checkpoint=checkpoint)
+    name_tokenizers(temporary)
     markers = {name: state.read_checkpoint_marker(path) for name, path in checkpoints.items()}
     pipeline = find_family(recipe).pipeline
     card = model_card.text(recipe, base=base, pipeline=pipeline, trained=markers)
@@ -98,6 +99,23 @@ def _write_transformer(recipe: Recipe, target: Path, *, base: Path, checkpoint: 
     load_weights(checkpoint, model)
     model.save_pretrained(target, max_shard_size=int(recipe.export.max_shard_gib * 2**30))
     _keep_config(base / target.name, target)
+
+
+def name_tokenizers(folder: Path) -> None:
+    """Name the class that takes ``tokenizer.json`` as it is, in transformers 4 and 5.
+
+    The base model's names may have it rebuilt by other rules, see ``load_tokenizer``.
+    """
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    for name in ("tokenizer", "tokenizer_2"):
+        config_file = folder / name / "tokenizer_config.json"
+        if (folder / name / "tokenizer.json").is_file() and config_file.is_file():
+            index[name] = ["transformers", "PreTrainedTokenizerFast"]
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            atomic.write_json(config_file, config, point="export.tokenizer")
+    atomic.write_json(index_file, index, point="export.index")
 
 
 def _keep_config(base: Path, exported: Path) -> None:

@@ -24,6 +24,7 @@ from fastvideo.models.family import (
     set_up,
 )
 from fastvideo.models.folder import files_of, loading, read_config
+from fastvideo.models.tokenizer import load_tokenizer
 from fastvideo.models.wan21 import pad_text
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ class HunyuanVideo:
         from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 
         quiet_libraries()
+        tokenizers = {name: load_tokenizer(path, name) for name in ("tokenizer", "tokenizer_2")}
         with loading(path, "pipeline"):
             vae = AutoencoderKLHunyuanVideo.from_pretrained(
                 path, subfolder="vae", dtype=torch.float32, local_files_only=True
@@ -157,6 +159,7 @@ class HunyuanVideo:
             pipeline: DiffusionPipeline = HunyuanVideoPipeline.from_pretrained(
                 path,
                 **transformers,
+                **tokenizers,
                 vae=vae,
                 dtype=getattr(torch, settings.dtype),
                 local_files_only=True,

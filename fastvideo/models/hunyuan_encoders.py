@@ -9,11 +9,12 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, LlamaModel
+from transformers import CLIPTextModel, LlamaModel
 
 from fastvideo.config.architectures import Architecture
 from fastvideo.models.family import EncoderSettings, Text, quiet_libraries
 from fastvideo.models.folder import loading
+from fastvideo.models.tokenizer import load_tokenizer
 
 
 class HunyuanEncoders:
@@ -71,9 +72,6 @@ def _text_parts(path: Path, settings: EncoderSettings) -> dict[str, object]:
         clip = CLIPTextModel.from_pretrained(
             path, subfolder="text_encoder_2", dtype=dtype, local_files_only=True
         )
-        tokenizers = {
-            name: AutoTokenizer.from_pretrained(path, subfolder=name, local_files_only=True)
-            for name in ("tokenizer", "tokenizer_2")
-        }
+    tokenizers = {name: load_tokenizer(path, name) for name in ("tokenizer", "tokenizer_2")}
     device = settings.device
     return {"text_encoder": llama.to(device), "text_encoder_2": clip.to(device), **tokenizers}

@@ -24,6 +24,7 @@ from fastvideo.models.family import (
     set_up,
 )
 from fastvideo.models.folder import files_of, loading, read_config
+from fastvideo.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, WanTransformer3DModel
@@ -156,7 +157,8 @@ class Wan21:
         import diffusers
         import torch
         from diffusers import AutoencoderKLWan
-        from transformers import CLIPVisionModel
+
+        from fastvideo.models.wan_encoders import image_parts
 
         quiet_libraries()
         kind = getattr(diffusers, self.pipeline)
@@ -165,14 +167,13 @@ class Wan21:
             **transformers,
             "boundary_ratio": check(path, self._model).boundary,
         }
+        parts["tokenizer"] = load_tokenizer(path, "tokenizer")
+        if "clip_feature" in self.columns(path):
+            parts |= image_parts(path)
         with loading(path, "pipeline"):
             parts["vae"] = AutoencoderKLWan.from_pretrained(
                 path, subfolder="vae", dtype=torch.float32, local_files_only=True
             )
-            if "clip_feature" in self.columns(path):
-                parts["image_encoder"] = CLIPVisionModel.from_pretrained(
-                    path, subfolder="image_encoder", dtype=torch.float32, local_files_only=True
-                )
             pipeline: DiffusionPipeline = kind.from_pretrained(
                 path, **parts, dtype=getattr(torch, settings.dtype), local_files_only=True
             )

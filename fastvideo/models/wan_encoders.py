@@ -6,6 +6,7 @@ Axes: F pixel frames, H, W pixels, C channels, T/Y/X latent frames, rows, column
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +14,12 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
+from transformers import CLIPImageProcessorPil, CLIPVisionModel, UMT5EncoderModel
 
 from fastvideo.config.architectures import Architecture
 from fastvideo.models.family import EncoderSettings, LatentStatistics, Text, quiet_libraries
 from fastvideo.models.folder import loading
+from fastvideo.models.tokenizer import load_tokenizer
 
 
 class WanEncoders:
@@ -47,10 +49,10 @@ class WanEncoders:
         # The pipeline's own functions encode text and image: what training sees is what it gives.
         self._pipeline = WanImageToVideoPipeline(
             **_text_parts(path, settings),
-            **(_image_parts(path, settings) if "clip_feature" in columns else {}),
+            **(image_parts(path) if "clip_feature" in columns else {}),
             vae=self._vae,
             scheduler=None,
-        )
+        ).to(self._device)
 
     @torch.no_grad()
     def encode_video(self, frames_FHWC: npt.NDArray[np.uint8]) -> Mapping[str, Tensor]:
@@ -116,18 +118,21 @@ def _text_parts(path: Path, settings: EncoderSettings) -> dict[str, object]:
             dtype=getattr(torch, settings.text_dtype),
             local_files_only=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, subfolder="tokenizer", local_files_only=True
-        )
-    return {"text_encoder": text_encoder.to(settings.device), "tokenizer": tokenizer}
+    tokenizer = load_tokenizer(path, "tokenizer")
+    return {"text_encoder": text_encoder, "tokenizer": tokenizer}
 
 
-def _image_parts(path: Path, settings: EncoderSettings) -> dict[str, object]:
+def image_parts(path: Path) -> dict[str, Any]:
+    """CLIP's vision model, float32 as in Wan's own code, and its image processor.
+
+    Of the processors it is the one over PIL: the one over torchvision resizes otherwise, and would
+    be taken wherever torchvision happens to be installed.
+    """
     with loading(path, "image encoder"):
         encoder = CLIPVisionModel.from_pretrained(
             path, subfolder="image_encoder", dtype=torch.float32, local_files_only=True
         )
-        processor = CLIPImageProcessor.from_pretrained(
+        processor = CLIPImageProcessorPil.from_pretrained(
             path, subfolder="image_processor", local_files_only=True
         )
-    return {"image_encoder": encoder.to(settings.device), "image_processor": processor}
+    return {"image_encoder": encoder, "image_processor": processor}
