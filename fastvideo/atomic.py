@@ -2,6 +2,7 @@
 """Writes that survive a kill at any moment, and the points where tests kill; stdlib only."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -11,6 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from fastvideo.errors import UserError
+from fastvideo.log import logger
 
 
 def fault(point: str) -> None:
@@ -79,6 +83,20 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return None
+
+
+@contextlib.contextmanager
+def alone(lock: Path, *, busy: str) -> Iterator[None]:
+    """Hold the lock file ``lock``; a ``UserError`` that says ``busy`` if another process does."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError as error:  # some cluster file systems have no locks
+            logger.warning("%s: cannot be locked (%s)", lock, error.strerror)
+        yield
 
 
 def sync(path: Path) -> None:

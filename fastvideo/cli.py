@@ -30,10 +30,10 @@ VERBS = {
     "preprocess": "encode raw videos and captions into Parquet shards",
     "train": "finetune on the shards; continues from the newest checkpoint",
     "export": "turn the newest checkpoint into a model folder for diffusers",
-    "generate": "sample videos from the exported model",
+    "generate": "sample videos from the export, a checkpoint or the base model",
     "run": "preprocess, train, export and generate, skipping what is complete",
     "status": "show what is done and what is missing",
-    "tiny": "write a tiny random model of the recipe's architecture to model.path",
+    "tiny": "write a tiny model of the recipe's architecture to model.path",
 }
 
 MAX_SHARD = 999_999
@@ -226,6 +226,9 @@ def _status(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
 def _tiny(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
     folder = Path(recipe.model.path)
     if (folder / "model_index.json").is_file():
+        from fastvideo.models.family import find_family
+
+        find_family(recipe).check(folder)
         log.logger.info("already there: %s", folder)
     elif folder.exists():
         raise UserError(

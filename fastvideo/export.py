@@ -47,13 +47,21 @@ def export(recipe: Recipe) -> dict[str, Any]:
     }
     steps = {folder: _step(checkpoint) for folder, checkpoint in checkpoints.items()}
     result = {"path": str(run_dir.export), "steps": steps}
-    if atomic.read_json(run_dir.export_marker) == made_from:
-        logger.info("already exported: %s", run_dir.export)
-        return {**result, "ran": False}
-    _write(recipe, run_dir.export, base=base, checkpoints=checkpoints)
-    atomic.write_json(run_dir.export_marker, made_from, point="export.marker")
+    busy = f"{run_dir.export}: another process exports there; wait for it"
+    with atomic.alone(run_dir.root / "export.lock", busy=busy):
+        if atomic.read_json(run_dir.export_marker) == made_from:
+            logger.info("already exported: %s", run_dir.export)
+            return {**result, "ran": False}
+        _write(recipe, base=base, checkpoints=checkpoints, made_from=made_from)
     logger.info("exported %s to %s", _describe(steps), run_dir.export)
     return {**result, "ran": True}
+
+
+def _training(recipe: Recipe, transformer: str, checkpoint: Path) -> model_card.Training:
+    marker = state.read_checkpoint_marker(checkpoint)
+    assert marker is not None
+    written = RunDir(recipe.run_dir).training(transformer).recipe
+    return model_card.Training(marker, written.read_text(encoding="utf-8"))
 
 
 def _step(checkpoint: Path) -> int:
@@ -67,23 +75,33 @@ def _describe(steps: Mapping[str, int]) -> str:
     return " and ".join(f"step {step} of {folder}" for folder, step in steps.items())
 
 
-def _write(recipe: Recipe, folder: Path, *, base: Path, checkpoints: Mapping[str, Path]) -> None:
+def _write(
+    recipe: Recipe,
+    *,
+    base: Path,
+    checkpoints: Mapping[str, Path],
+    made_from: Mapping[str, Any],
+) -> None:
+    folder, marker = RunDir(recipe.run_dir).export, RunDir(recipe.run_dir).export_marker
     temporary = atomic.temporary_name(folder)
     atomic.sweep(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     link = recipe.export.components == "link"
-    _copy(base, temporary, without=(*checkpoints, model_card.NAME), link=link)
+    # The base may be an export itself, with a card and a marker of its own.
+    _copy(base, temporary, without=(*checkpoints, model_card.NAME, marker.name), link=link)
     for name, checkpoint in checkpoints.items():
         _write_transformer(recipe, temporary / name, base=base, checkpoint=checkpoint)
     name_tokenizers(temporary)
-    markers = {name: state.read_checkpoint_marker(path) for name, path in checkpoints.items()}
+    trainings = {name: _training(recipe, name, path) for name, path in checkpoints.items()}
     pipeline = find_family(recipe).pipeline
-    card = model_card.text(recipe, base=base, pipeline=pipeline, trained=markers)
+    card = model_card.text(recipe, base=base, pipeline=pipeline, trained=trainings)
     (temporary / model_card.NAME).write_text(card, encoding="utf-8")
+    # In the folder before it appears, so that it never vouches for another export.
+    atomic.write_json(temporary / marker.name, made_from, point="export.marker")
     for path in temporary.rglob("*"):
         atomic.sync(path)
     # A complete export stays until the new one is: its marker goes first, then the folders swap.
-    (folder / "fastvideo.json").unlink(missing_ok=True)
+    marker.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     atomic.sync(folder.parent)
@@ -109,12 +127,8 @@ def name_tokenizers(folder: Path) -> None:
     index_file = folder / "model_index.json"
     index = json.loads(index_file.read_text(encoding="utf-8"))
     for name in ("tokenizer", "tokenizer_2"):
-        config_file = folder / name / "tokenizer_config.json"
-        if (folder / name / "tokenizer.json").is_file() and config_file.is_file():
+        if (folder / name / "tokenizer.json").is_file():
             index[name] = ["transformers", "PreTrainedTokenizerFast"]
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
-            atomic.write_json(config_file, config, point="export.tokenizer")
     atomic.write_json(index_file, index, point="export.index")
 
 
@@ -125,9 +139,9 @@ def _keep_config(base: Path, exported: Path) -> None:
 
 
 def _copy(base: Path, target: Path, *, without: Collection[str], link: bool) -> None:
-    for source in sorted(base.rglob("*")):
+    for source in hashing.files_below(base):
         relative = source.relative_to(base)
-        if not source.is_file() or relative.parts[0] in without or _hidden(relative):
+        if relative.parts[0] in without or _hidden(relative):
             continue
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)

@@ -34,9 +34,10 @@ def generate(recipe: Recipe) -> dict[str, Any]:
     """
     run_dir = RunDir(recipe.run_dir)
     wanted = requests(recipe)
-    model = _model(recipe, run_dir)
+    checkpoints = _checkpoints(recipe)
+    model = _model(recipe, run_dir, checkpoints)
     folder = run_dir.generated(recipe.generate.weights)
-    pipeline = cache(lambda: _load(recipe, model["path"]))
+    pipeline = cache(lambda: _load(recipe, model["path"], checkpoints))
     videos = [folder / f"{index:04d}.mp4" for index in range(len(wanted))]
     todo = [
         (video, about)
@@ -123,19 +124,26 @@ def _request(recipe: Recipe, prompt: Prompt, index: int, *, origin: str) -> dict
     return request
 
 
-def _model(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
+def _checkpoints(recipe: Recipe) -> dict[str, Path]:
+    """Those to sample instead of the base model's transformers."""
+    if recipe.generate.weights != "checkpoint":
+        return {}
+    return trained.newest(recipe, find_model(recipe.model.path))
+
+
+def _model(recipe: Recipe, run_dir: RunDir, checkpoints: dict[str, Path]) -> dict[str, Any]:
     """The model's folder and what tells it from another one."""
     base = find_model(recipe.model.path)
     find_family(recipe).check(base)
     if recipe.generate.weights == "base":
         return {"path": recipe.model.path, "files": hashing.folder_stamp(base)}
     if recipe.generate.weights == "checkpoint":
-        found = trained.newest(recipe, base)
         return {
             "path": recipe.model.path,
-            "files": hashing.folder_stamp(base, without=tuple(found)),
+            "files": hashing.folder_stamp(base, without=tuple(checkpoints)),
             "checkpoints": {
-                name: hashing.file_sha256(checkpoint_marker(path)) for name, path in found.items()
+                name: hashing.file_sha256(checkpoint_marker(path))
+                for name, path in checkpoints.items()
             },
         }
     made_from = atomic.read_json(run_dir.export_marker)
@@ -148,7 +156,7 @@ def _made(video: Path, about: dict[str, Any]) -> bool:
     return video.is_file() and atomic.read_json(video.with_suffix(".json")) == about
 
 
-def _load(recipe: Recipe, path: str) -> "DiffusionPipeline":
+def _load(recipe: Recipe, path: str, checkpoints: dict[str, Path]) -> "DiffusionPipeline":
     spec, family, folder = recipe.generate, find_family(recipe), find_model(path)
     device = pick_device(spec.device)
     if spec.offload != "none" and device == "cpu":
@@ -161,13 +169,12 @@ def _load(recipe: Recipe, path: str) -> "DiffusionPipeline":
         flow_shift=spec.flow_shift,
     )
     transformers = {}
-    if spec.weights == "checkpoint":
+    for name, checkpoint in checkpoints.items():
         from fastvideo.checkpoint import load_weights
 
-        for name, checkpoint in trained.newest(recipe, folder).items():
-            model: Any = family.load_transformer(folder, folder=name, dtype=spec.dtype)
-            load_weights(checkpoint, model)
-            transformers[name] = model
+        model: Any = family.load_transformer(folder, folder=name, dtype=spec.dtype)
+        load_weights(checkpoint, model)
+        transformers[name] = model
     return family.load_pipeline(folder, settings=settings, transformers=transformers)
 
 

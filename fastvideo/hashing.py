@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hashes that say whether something is still what it was, and seeds made the same way."""
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder, sorted; linked folders count as folders, each once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(root))
+        folders[:] = [f for f in folders if os.path.realpath(os.path.join(root, f)) not in seen]
+        found += (path for name in names if (path := Path(root, name)).is_file())
+    return sorted(found)
+
+
 def folder_stamp(folder: Path, *, without: Collection[str] = ()) -> str:
     """Changes when a file of a folder is added, removed, replaced or edited; reads no content.
 
@@ -39,8 +52,8 @@ def folder_stamp(folder: Path, *, without: Collection[str] = ()) -> str:
     """
     entries = [
         [str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).parts[0] not in without
+        for path in files_below(folder)
+        if path.relative_to(folder).parts[0] not in without
     ]
     return fingerprint(entries)
 
@@ -61,5 +74,6 @@ class HashCache:
         entry = self._known.get(key)
         if not entry or entry[:2] != stamp:
             self._known[key] = entry = [*stamp, file_sha256(path)]
-            write_json(self._path, self._known, point="hashes")
+            with contextlib.suppress(PermissionError):  # shards may be shared read-only
+                write_json(self._path, self._known, point="hashes")
         return str(entry[2])

@@ -17,6 +17,12 @@ def setup() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    # Importing diffusers' image-to-video pipelines advises torchvision, which nothing here uses.
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_needed)
+
+
+def _is_needed(record: logging.LogRecord) -> bool:
+    return "requires torchvision" not in record.getMessage()
 
 
 class Progress:

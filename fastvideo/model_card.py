@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,24 @@ NAME = "README.md"
 TASKS = {"t2v": "text-to-video", "i2v": "image-to-video"}
 
 
-def text(recipe: Recipe, *, base: Path, pipeline: str, trained: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Training:
+    """What the card says of a transformer that was trained."""
+
+    marker: Mapping[str, Any]
+    """Of the checkpoint."""
+    recipe: str
+    """YAML, as it was when this training was last started."""
+
+
+def text(recipe: Recipe, *, base: Path, pipeline: str, trained: Mapping[str, Training]) -> str:
     """Write the card.
 
     Args:
-        recipe: The recipe, printed in full.
+        recipe: Of the export: model, clip size and how to sample.
         base: Folder of the base model; its card's licence is carried over.
         pipeline: Class of diffusers that loads the result.
-        trained: For each transformer that was trained the marker of its checkpoint.
+        trained: By transformer, those that were trained.
     """
     head = {
         "library_name": "diffusers",
@@ -53,25 +64,40 @@ def text(recipe: Recipe, *, base: Path, pipeline: str, trained: Mapping[str, Any
             "|---|---|---|---|---|",
             *rows,
             "",
-            "## Recipe",
-            "",
-            "```yaml",
-            recipe.dump().rstrip(),
-            "```",
-            "",
+            *(line for name, training in trained.items() for line in _recipe(name, training)),
         ]
     )
 
 
-def _row(name: str, marker: Mapping[str, Any] | None) -> str:
-    if marker is None:
+def _recipe(name: str, training: Training) -> list[str]:
+    return [f"## Recipe of `{name}`", "", "```yaml", training.recipe.rstrip(), "```", ""]
+
+
+def _row(name: str, training: Training | None) -> str:
+    if training is None:
         return f"| `{name}` | not trained, the base model's | | | |"
+    marker = training.marker
     step, samples, clips = marker["step"], marker["samples"], marker["clips"]
     return f"| `{name}` | {step} | {samples} | {clips['train']} | {clips['heldout']} |"
 
 
 def _loading(recipe: Recipe, pipeline: str) -> list[str]:
-    clip = recipe.clip
+    clip, spec = recipe.clip, recipe.generate
+    given: dict[str, Any] = {
+        "guidance_scale": spec.guidance_scale,
+        "guidance_scale_2": spec.guidance_scale_2,
+        "num_inference_steps": spec.num_inference_steps,
+    }
+    if spec.negative_prompt:
+        given["negative_prompt"] = spec.negative_prompt
+    settings = ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None)
+    shift = []
+    if spec.flow_shift is not None:
+        key = "shift" if recipe.architecture.embedded_guidance else "flow_shift"
+        shift = [
+            "pipe.scheduler = pipe.scheduler.from_config("
+            f"pipe.scheduler.config, {key}={spec.flow_shift:g})"
+        ]
     image = ["    image=load_image('first.png'),"] if recipe.model.task == "i2v" else []
     utilities = "export_to_video, load_image" if image else "export_to_video"
     return [
@@ -81,10 +107,13 @@ def _loading(recipe: Recipe, pipeline: str) -> list[str]:
         f"from diffusers.utils import {utilities}",
         "",
         f"pipe = {pipeline}.from_pretrained('path/to/this/folder', dtype=torch.bfloat16)",
+        "pipe.vae.to(torch.float32)  # as it was used to encode the clips",
+        *shift,
         "video = pipe.to('cuda')(",
         *image,
         "    prompt='...',",
         f"    num_frames={clip.num_frames}, height={clip.height}, width={clip.width},",
+        f"    {settings},",
         ").frames[0]",
         f"export_to_video(video, 'video.mp4', fps={clip.fps:g})",
         "```",

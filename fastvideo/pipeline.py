@@ -26,7 +26,7 @@ def run(recipe: Recipe, *, force: bool = False) -> int:
     Returns:
         Exit code of the last verb that ran; 75 if a stop was asked for.
     """
-    resolved = RunDir(recipe.run_dir).resolved
+    resolved = RunDir(recipe.run_dir).resolved(recipe.train.expert)
     atomic.write_bytes(resolved, recipe.dump().encode(), point="run")
     with _Stops() as stops:
         for verb in VERBS:

@@ -14,7 +14,7 @@ from fastvideo.data.first_image import PromptToEncode, prompt_to_encode
 from fastvideo.data.manifest import plan_manifest
 from fastvideo.errors import UserError
 from fastvideo.log import logger
-from fastvideo.models.family import find_family
+from fastvideo.models.family import ENCODE_VERSION, find_family
 from fastvideo.models.folder import content_hash, find_model
 from fastvideo.state import LedgerRow, ShardStore
 
@@ -46,6 +46,8 @@ def preprocess(
     missing = [i for i in state.missing_shards(store, plan) if i in wanted]
     if manifest_only:
         return _result(store, plan, filled=[])
+    if shards is None and not plan["shards"]:
+        _check_failures(recipe, store, plan)  # before encoders are loaded for nothing
     wanted_prompts = hashing.fingerprint({"settings": settings, "prompts": _identify(prompts)})
     prompts_done = state.read_marker(store.validation, fingerprint=wanted_prompts) or not prompts
     if missing or not prompts_done:
@@ -82,6 +84,7 @@ def encoding_settings(recipe: Recipe, *, hashes: hashing.HashCache) -> dict[str,
         "columns": list(family.columns(path)),
         "clip": recipe.clip.model_dump(mode="json"),
         "decode": _decode_settings(recipe),
+        "encode": {"version": ENCODE_VERSION},
         "dtype": recipe.shards.dtype,
         "vae_dtype": recipe.shards.vae_dtype,
         "text_dtype": recipe.shards.text_dtype,

@@ -217,10 +217,9 @@ class RunDir:
         """Files of the training of one transformer."""
         return TrainDir(self.root / "train" / transformer)
 
-    @property
-    def resolved(self) -> Path:
-        """The recipe that the verbs of ``fastvideo run`` share."""
-        return self.root / "run.yaml"
+    def resolved(self, expert: str | None) -> Path:
+        """The recipe that the verbs of ``fastvideo run`` share; experts may run side by side."""
+        return self.root / (f"run-{expert}.yaml" if expert else "run.yaml")
 
     @property
     def export(self) -> Path:

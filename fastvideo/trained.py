@@ -8,7 +8,7 @@ from fastvideo import hashing, state
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.models.family import find_family
-from fastvideo.models.folder import read_config
+from fastvideo.models.folder import read_config, without_traces
 from fastvideo.state import RunDir
 
 NAMES = {
@@ -26,7 +26,9 @@ def model_facts(recipe: Recipe, base: Path, *, transformer: str) -> dict[str, An
     return {
         "family": recipe.model.family,
         "task": recipe.model.task,
-        "transformer": hashing.fingerprint(read_config(base, f"{transformer}/config.json")),
+        "transformer": hashing.fingerprint(
+            without_traces(read_config(base, f"{transformer}/config.json"))
+        ),
         "interval": [interval.low, interval.high],
     }
 

@@ -12,7 +12,7 @@ from fastvideo.errors import UserError
 
 
 class Prompt(Spec):
-    """One video to sample; what is empty comes from the recipe."""
+    """An entry of the JSON files of prompts; what is empty comes from the recipe."""
 
     caption: str
     """The prompt."""
@@ -47,7 +47,10 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from None
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; write the prompts there, a JSON list, or "
+            "change generate.prompts and validation.prompts"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except RecursionError:

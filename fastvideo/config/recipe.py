@@ -136,9 +136,10 @@ class Shards(Spec):
     """The Parquet files between preprocessing and training."""
 
     path: File
-    """Folder; recipes with the same model, clip and source share it."""
+    """Folder; recipes with the same encoders, clip and source share it."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Of stored latents; float32 stores every tensor so, and upstream FastVideo can read it."""
+    """Of stored latents and CLIP features; float32 stores every tensor so, and upstream FastVideo
+    can read it."""
     rows: PositiveInt = 64
     """Clips per shard."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -167,7 +168,8 @@ class Export(Spec):
     """The folder that diffusers loads."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the trained weights; what diffusers keeps in float32 stays so, training had float32."""
+    """Of the trained weights, which training keeps in float32; parts that diffusers keeps in
+    float32 stay so."""
     max_shard_gib: PositiveFloat = 5.0
     """Largest safetensors file; larger weights are split, with an index."""
     components: Literal["link", "copy"] = "link"
@@ -211,7 +213,7 @@ class Recipe(Spec):
     clip: Clip = Clip()
     """Shape of a clip."""
     source: Source
-    """The raw videos."""
+    """The clips."""
     shards: Shards
     """What preprocessing writes."""
     run_dir: File
@@ -259,6 +261,11 @@ class Recipe(Spec):
         for (name, one), (other, two) in itertools.combinations(folders.items(), 2):
             if os.path.realpath(one) == os.path.realpath(two):
                 raise ValueError(f"{other}={two}: is {name} as well; give each a folder of its own")
+        if Path(os.path.realpath(self.model.path)).is_relative_to(os.path.realpath(self.run_dir)):
+            raise ValueError(
+                f"model.path={self.model.path}: lies in run_dir, whose export would replace it; "
+                "choose another run_dir"
+            )
         return self
 
     @model_validator(mode="after")
@@ -268,6 +275,11 @@ class Recipe(Spec):
             raise ValueError(
                 f"model.task={self.model.task}: {self.model.family} does {' and '.join(tasks)} "
                 "only; choose another family or task"
+            )
+        if self.model.task == "i2v" and self.clip.num_frames == 1:
+            raise ValueError(
+                "clip.num_frames=1: image-to-video needs frames after the first; the least is "
+                f"{self.architecture.temporal_stride + 1}"
             )
         return self
 
@@ -283,6 +295,12 @@ class Recipe(Spec):
                 raise ValueError(
                     f"{key}={value}: {self.model.family} has one transformer; remove the key"
                 )
+        second = self.generate.guidance_scale_2 or 1
+        if self.generate.guidance_scale == 1 and second > 1:
+            raise ValueError(
+                f"generate.guidance_scale_2={second:g}: has no effect while guidance_scale=1 "
+                "switches guidance off; raise that one too, or remove this key"
+            )
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.config.cluster import Cluster
+from fastvideo.config.prompts import Prompt
 from fastvideo.config.recipe import Recipe
 from fastvideo.config.spec import Spec
 from fastvideo.errors import UserError
@@ -75,6 +76,7 @@ def generated() -> dict[str, str]:
         text = json.dumps(schema, indent=2, ensure_ascii=False)
         files[f"configs/schema/{name}.schema.json"] = text + "\n"
         pages.append(_page(name, schema))
+    pages.append(_page("prompt", json_schema(Prompt)))
     return files | {"docs/config.md": "\n".join(pages)}
 
 

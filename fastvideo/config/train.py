@@ -58,7 +58,8 @@ class Timesteps(Spec):
     """sigma = shift*u / (1 + (shift-1)*u); empty takes the model's own `flow_shift`."""
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
     """Weight of a sample's loss by its sigma: 1, sigma**-2, or 2 / (pi (1 - 2 sigma + 2 sigma**2))
-    (Esser et al., 2024, section 3.1). Held-out losses are never weighted."""
+    (Esser et al., 2024, section 3.1); the second reaches a million near sigma 0. The recorded loss
+    is the weighted one, held-out losses never are."""
 
 
 class Checkpoints(Spec):

@@ -214,6 +214,12 @@ def _cast(recipe: Recipe, found: Mapping[str, Tensor], *, name: str) -> dict[str
 def _texts(recipe: Recipe, texts: Sequence[Text]) -> dict[str, Tensor]:
     """Text keeps the encoder's dtype, unless all tensors are asked for in float32."""
     tensors = text_tensors(texts)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{name}: the text encoder made values that are not finite; set "
+                "shards.text_dtype: float32, or fetch the model again"
+            )
     return {k: t.float() for k, t in tensors.items()} if _all_float32(recipe) else tensors
 
 

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from fastvideo.config.prompts import Prompt
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
-
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg", ".gif")
+from fastvideo.log import logger
 
 
 @dataclass(frozen=True)
@@ -77,27 +76,48 @@ def first_image(path: Path, *, height: int, width: int) -> npt.NDArray[np.uint8]
     Raises:
         UserError: The file cannot be read as a picture.
     """
+    from av.video.frame import VideoFrame
+
     from fastvideo.data.decode import ClipFault, decode_clip
+    from fastvideo.data.picture import Fit
 
     try:
-        if path.suffix.lower() in VIDEOS:
+        picture = _picture(path)
+        if picture is None:
             frames_FHWC = decode_clip(path, num_frames=1, height=height, width=width, fps=1.0)
             return frames_FHWC.reshape(height, width, 3)
-        return _image(path, height=height, width=width)
+        frame = VideoFrame.from_ndarray(picture, format="rgb24")
+        return Fit(height=height, width=width, aspect=Fraction(1))(frame)
     except ClipFault as fault:
         raise UserError(f"{path}: gives no image ({fault.detail}); give another file") from None
 
 
-def _image(path: Path, *, height: int, width: int) -> npt.NDArray[np.uint8]:
-    from av.video.frame import VideoFrame
+def _picture(path: Path) -> npt.NDArray[np.uint8] | None:
+    """An image file as RGB (H, W, 3), upright; None if it is none that Pillow knows."""
     from PIL import Image, ImageOps, UnidentifiedImageError
-
-    from fastvideo.data.picture import Fit
 
     try:
         with Image.open(path) as image:
-            upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            if image.mode.startswith(("I", "F")):
+                raise UserError(
+                    f"{path}: has pixels of mode {image.mode}, whose range is not known; save it "
+                    "with 8 bits a channel"
+                )
+            return np.ascontiguousarray(_rgb(ImageOps.exif_transpose(image), path))
+    except UnidentifiedImageError:
+        return None
+    except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error}); save it anew") from None
-    frame = VideoFrame.from_ndarray(np.ascontiguousarray(upright), format="rgb24")
-    return Fit(height=height, width=width, aspect=Fraction(1))(frame)
+
+
+def _rgb(image: Any, path: Path) -> Any:
+    """RGB, transparent parts over white: what lies hidden under them is nobody's intent."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    opaque = image.convert("RGBA")
+    if opaque.getchannel("A").getextrema()[0] < 255:
+        logger.warning("%s: its transparent parts are taken as white", path)
+    white = Image.new("RGBA", opaque.size, "white")
+    return Image.alpha_composite(white, opaque).convert("RGB")

@@ -87,7 +87,8 @@ def parquet_files(root: Path) -> tuple[Path, ...]:
             "source.path to one of them"
         )
     searched = root.joinpath(*present)
-    found = (path.relative_to(root) for path in searched.rglob("*.parquet") if path.is_file())
+    every = hashing.files_below(searched)
+    found = (path.relative_to(root) for path in every if path.suffix == ".parquet")
     files = tuple(sorted(file for file in found if not _left_out(file)))
     if not files:
         raise UserError(
@@ -112,6 +113,7 @@ def read_clips(root: Path, file: Path | str) -> list[StoredClip]:
     path = root / file
     with _opened(path) as parquet:
         _require_columns(path, parquet.schema_arrow)
+        _refuse_more_captions(path, parquet)
         values = _values(parquet, ("id", "caption", "width", "height", "fps", "duration_sec"))
         stored = [_stored(parquet, stem) for stem in TENSORS]
         rows = range(parquet.metadata.num_rows)
@@ -153,6 +155,16 @@ def read_tensors(
                 yield _tensors(batch, stems)
             except Damaged as damage:
                 raise _changed(path, row, damage.detail) from None
+
+
+def _refuse_more_captions(path: Path, parquet: pq.ParquetFile) -> None:
+    """Our own shards may hold several captions of a clip, which would be lost here."""
+    for captions in _values(parquet, ("more_captions",)).get("more_captions", ()):
+        if captions:
+            raise UserError(
+                f"{path}: holds clips with more than one caption, which a parquet source does not "
+                "take; these are shards of this suite: name their folder as shards.path"
+            )
 
 
 def _left_out(file: Path) -> bool:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
 
+ENCODE_VERSION = 1
+"""Counts changes of how captions, pictures and clips are given to the encoders."""
+
+
 @dataclass(frozen=True)
 class LatentStatistics:
     """Mean and standard deviation of each latent channel, as the VAE's configuration says."""
@@ -52,6 +56,19 @@ class Text:
     """(L, D), valid tokens only."""
     pooled: "torch.Tensor | None" = None
     """(P,), where the model has a second text encoder."""
+
+
+def pad_text(texts: Sequence[Text], *, length: int) -> "torch.Tensor":
+    """Stack (L, D) embeddings to (B, ``length``, D); rows past the text are zero.
+
+    Wan's transformer has no text mask: zero rows take part in attention, so the length must be the
+    pipeline's.
+    """
+    first = texts[0].embedding
+    padded = first.new_zeros(len(texts), length, first.shape[-1])
+    for row, text in zip(padded, texts, strict=True):
+        row[: len(text.embedding)] = text.embedding
+    return padded
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.errors import UserError
-from fastvideo.hashing import HashCache, fingerprint
+from fastvideo.hashing import HashCache, files_below, fingerprint
 
 TRACES = ("_diffusers_version", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Keys of a config that do not say what the model computes; recipes choose the dtype."""
@@ -28,6 +28,11 @@ def find_model(path: str) -> Path:
         raise UserError(f"model.path={path}: has no model_index.json; give a diffusers folder")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path, re.ASCII):
         raise UserError(f"model.path={path}: there is no such folder")
+    if Path(path).name.startswith("tiny_"):
+        raise UserError(
+            f"model.path={path}: there is no such folder; `fastvideo tiny` with this recipe writes "
+            "it"
+        )
     return _from_hub(path)
 
 
@@ -83,19 +88,19 @@ def content_hash(file: Path, hashes: HashCache) -> str:
     """
     if file.name != "config.json":
         return hashes.sha256(file)
-    config = json.loads(file.read_text(encoding="utf-8"))
-    return fingerprint({key: config[key] for key in config if key not in TRACES})
+    return fingerprint(without_traces(json.loads(file.read_text(encoding="utf-8"))))
+
+
+def without_traces(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without the keys that only say what wrote it."""
+    return {key: config[key] for key in config if key not in TRACES}
 
 
 def files_of(path: Path, *folders: str) -> list[Path]:
     """All files of some folders of a model, sorted; a ``UserError`` for an empty folder."""
     found = []
     for folder in folders:
-        files = sorted(
-            file
-            for file in (path / folder).rglob("*")
-            if file.is_file() and not file.name.startswith(".")
-        )
+        files = [f for f in files_below(path / folder) if not f.name.startswith(".")]
         if not files:
             raise UserError(f"model.path={path}: has no {folder}/; give a whole diffusers folder")
         found += files

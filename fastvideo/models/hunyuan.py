@@ -20,12 +20,12 @@ from fastvideo.models.family import (
     LatentStatistics,
     SamplerSettings,
     Text,
+    pad_text,
     quiet_libraries,
     set_up,
 )
 from fastvideo.models.folder import files_of, loading, read_config
-from fastvideo.models.tokenizer import load_tokenizer
-from fastvideo.models.wan21 import pad_text
+from fastvideo.models.parts import load_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, HunyuanVideoTransformer3DModel, ModelMixin
@@ -95,14 +95,11 @@ class HunyuanVideo:
         self, path: Path, *, folder: str, dtype: str = "float32"
     ) -> "HunyuanVideoTransformer3DModel":
         """Load the transformer; training keeps float32 master weights."""
-        import torch
         from diffusers import HunyuanVideoTransformer3DModel
 
         quiet_libraries()
-        with loading(path, folder):
-            model: HunyuanVideoTransformer3DModel = HunyuanVideoTransformer3DModel.from_pretrained(
-                path, subfolder=folder, dtype=getattr(torch, dtype), local_files_only=True
-            )
+        kind = HunyuanVideoTransformer3DModel
+        model: HunyuanVideoTransformer3DModel = load_part(kind, path, folder, dtype=dtype)
         return model
 
     def arguments(self, batch: Batch) -> dict[str, "Tensor"]:
@@ -150,18 +147,20 @@ class HunyuanVideo:
         import torch
         from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 
+        from fastvideo.models.hunyuan_encoders import text_parts
+
         quiet_libraries()
-        tokenizers = {name: load_tokenizer(path, name) for name in ("tokenizer", "tokenizer_2")}
-        with loading(path, "pipeline"):
-            vae = AutoencoderKLHunyuanVideo.from_pretrained(
-                path, subfolder="vae", dtype=torch.float32, local_files_only=True
+        parts = {
+            **transformers,
+            **text_parts(path, dtype=settings.dtype),
+            "vae": load_part(AutoencoderKLHunyuanVideo, path, "vae", dtype="float32"),
+        }
+        if "transformer" not in parts:
+            parts["transformer"] = self.load_transformer(
+                path, folder="transformer", dtype=settings.dtype
             )
+        with loading(path, "pipeline"):
             pipeline: DiffusionPipeline = HunyuanVideoPipeline.from_pretrained(
-                path,
-                **transformers,
-                **tokenizers,
-                vae=vae,
-                dtype=getattr(torch, settings.dtype),
-                local_files_only=True,
+                path, **parts, dtype=getattr(torch, settings.dtype), local_files_only=True
             )
         return set_up(pipeline, settings)

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,7 @@ from transformers import CLIPTextModel, LlamaModel
 
 from fastvideo.config.architectures import Architecture
 from fastvideo.models.family import EncoderSettings, Text, quiet_libraries
-from fastvideo.models.folder import loading
-from fastvideo.models.tokenizer import load_tokenizer
+from fastvideo.models.parts import load_part, load_tokenizer
 
 
 class HunyuanEncoders:
@@ -25,16 +25,13 @@ class HunyuanEncoders:
         quiet_libraries()
         self._device = torch.device(settings.device)
         self._max_tokens = facts.text_tokens
-        with loading(path, "vae"):
-            self._vae = AutoencoderKLHunyuanVideo.from_pretrained(
-                path,
-                subfolder="vae",
-                dtype=getattr(torch, settings.vae_dtype),
-                local_files_only=True,
-            ).to(self._device)
+        self._vae = load_part(AutoencoderKLHunyuanVideo, path, "vae", dtype=settings.vae_dtype)
         self._pipeline = HunyuanVideoPipeline(
-            **_text_parts(path, settings), vae=self._vae, transformer=None, scheduler=None
-        )
+            **text_parts(path, dtype=settings.text_dtype),
+            vae=self._vae,
+            transformer=None,
+            scheduler=None,
+        ).to(self._device)
 
     @torch.no_grad()
     def encode_video(self, frames_FHWC: npt.NDArray[np.uint8]) -> Mapping[str, Tensor]:
@@ -63,15 +60,10 @@ class HunyuanEncoders:
         raise AssertionError("HunyuanVideo is text-to-video here")
 
 
-def _text_parts(path: Path, settings: EncoderSettings) -> dict[str, object]:
-    dtype = getattr(torch, settings.text_dtype)
-    with loading(path, "text encoders"):
-        llama = LlamaModel.from_pretrained(
-            path, subfolder="text_encoder", dtype=dtype, local_files_only=True
-        )
-        clip = CLIPTextModel.from_pretrained(
-            path, subfolder="text_encoder_2", dtype=dtype, local_files_only=True
-        )
-    tokenizers = {name: load_tokenizer(path, name) for name in ("tokenizer", "tokenizer_2")}
-    device = settings.device
-    return {"text_encoder": llama.to(device), "text_encoder_2": clip.to(device), **tokenizers}
+def text_parts(path: Path, *, dtype: str) -> dict[str, Any]:
+    """LLaMA, CLIP's text model and their tokenizers."""
+    return {
+        "text_encoder": load_part(LlamaModel, path, "text_encoder", dtype=dtype),
+        "text_encoder_2": load_part(CLIPTextModel, path, "text_encoder_2", dtype=dtype),
+        **{name: load_tokenizer(path, name) for name in ("tokenizer", "tokenizer_2")},
+    }

@@ -4,9 +4,9 @@
 torch is imported where a part is loaded: facts about files must be at hand without it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastvideo.config.architectures import architecture
 from fastvideo.config.recipe import Model
@@ -20,11 +20,12 @@ from fastvideo.models.family import (
     LatentStatistics,
     SamplerSettings,
     Text,
+    pad_text,
     quiet_libraries,
     set_up,
 )
 from fastvideo.models.folder import files_of, loading, read_config
-from fastvideo.models.tokenizer import load_tokenizer
+from fastvideo.models.parts import load_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, WanTransformer3DModel
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 class Wan21:
     """The family ``wan2.1``; see ``fastvideo.models.family.Family`` for each method.
 
-    Image-to-video appends a mask and the latent of [first frame, black frames] to the noised
+    Image-to-video appends a mask and the latent of [first frame, grey frames] to the noised
     latent, and attends to CLIP features of the first frame.
     """
 
@@ -80,7 +81,7 @@ class Wan21:
         return LatentStatistics(tuple(mean), tuple(std))
 
     def flow_shift(self, path: Path) -> float:
-        """3 for 480p and 5 for 720p in the published checkpoints."""
+        """3 in the published Wan2.1 and A14B checkpoints, 5 in TI2V-5B; Wan advises 5 at 720p."""
         config = read_config(path, "scheduler/scheduler_config.json")
         return float(config.get("flow_shift", config.get("shift", 1.0)))
 
@@ -102,14 +103,10 @@ class Wan21:
         self, path: Path, *, folder: str, dtype: str = "float32"
     ) -> "WanTransformer3DModel":
         """Load a transformer; training keeps float32 master weights."""
-        import torch
         from diffusers import WanTransformer3DModel
 
         quiet_libraries()
-        with loading(path, folder):
-            model: WanTransformer3DModel = WanTransformer3DModel.from_pretrained(
-                path, subfolder=folder, dtype=getattr(torch, dtype), local_files_only=True
-            )
+        model: WanTransformer3DModel = load_part(WanTransformer3DModel, path, folder, dtype=dtype)
         return model
 
     def arguments(self, batch: Batch) -> dict[str, "Tensor"]:
@@ -158,39 +155,25 @@ class Wan21:
         import torch
         from diffusers import AutoencoderKLWan
 
-        from fastvideo.models.wan_encoders import image_parts
+        from fastvideo.models.wan_encoders import image_parts, text_parts
 
         quiet_libraries()
-        kind = getattr(diffusers, self.pipeline)
-        # Some conversions of Wan2.1 carry the boundary of experts that they do not have.
-        parts: dict[str, Any] = {
+        parts = {
             **transformers,
+            **text_parts(path, dtype=settings.dtype),
+            **(image_parts(path) if "clip_feature" in self.columns(path) else {}),
+            "vae": load_part(AutoencoderKLWan, path, "vae", dtype="float32"),
+            # Some conversions of Wan2.1 carry the boundary of experts that they do not have.
             "boundary_ratio": check(path, self._model).boundary,
         }
-        parts["tokenizer"] = load_tokenizer(path, "tokenizer")
-        if "clip_feature" in self.columns(path):
-            parts |= image_parts(path)
+        for folder in self._facts.transformers:
+            if folder not in parts:
+                parts[folder] = self.load_transformer(path, folder=folder, dtype=settings.dtype)
         with loading(path, "pipeline"):
-            parts["vae"] = AutoencoderKLWan.from_pretrained(
-                path, subfolder="vae", dtype=torch.float32, local_files_only=True
-            )
-            pipeline: DiffusionPipeline = kind.from_pretrained(
+            pipeline: DiffusionPipeline = getattr(diffusers, self.pipeline).from_pretrained(
                 path, **parts, dtype=getattr(torch, settings.dtype), local_files_only=True
             )
         return set_up(pipeline, settings)
-
-
-def pad_text(texts: "Sequence[Text]", *, length: int) -> "Tensor":
-    """Stack (L, D) embeddings to (B, ``length``, D); rows past the text are zero.
-
-    Wan's transformer has no text mask: zero rows take part in attention, so the length must be the
-    pipeline's.
-    """
-    first = texts[0].embedding
-    padded = first.new_zeros(len(texts), length, first.shape[-1])
-    for row, text in zip(padded, texts, strict=True):
-        row[: len(text.embedding)] = text.embedding
-    return padded
 
 
 def first_frame_mask(latent_BCTYX: "Tensor", *, channels: int) -> "Tensor":

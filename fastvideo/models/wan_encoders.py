@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModel, UMT5EncoderMode
 from fastvideo.config.architectures import Architecture
 from fastvideo.models.family import EncoderSettings, LatentStatistics, Text, quiet_libraries
 from fastvideo.models.folder import loading
-from fastvideo.models.tokenizer import load_tokenizer
+from fastvideo.models.parts import load_part, load_tokenizer
 
 
 class WanEncoders:
@@ -37,18 +37,13 @@ class WanEncoders:
         quiet_libraries()
         self._device = torch.device(settings.device)
         self._columns, self._max_tokens = columns, facts.text_tokens
-        with loading(path, "vae"):
-            self._vae = AutoencoderKLWan.from_pretrained(
-                path,
-                subfolder="vae",
-                dtype=getattr(torch, settings.vae_dtype),
-                local_files_only=True,
-            ).to(self._device)
+        vae = load_part(AutoencoderKLWan, path, "vae", dtype=settings.vae_dtype)
+        self._vae = vae.to(self._device)
         config = self._vae.config
         self._statistics = LatentStatistics(tuple(config.latents_mean), tuple(config.latents_std))
         # The pipeline's own functions encode text and image: what training sees is what it gives.
         self._pipeline = WanImageToVideoPipeline(
-            **_text_parts(path, settings),
+            **text_parts(path, dtype=settings.text_dtype),
             **(image_parts(path) if "clip_feature" in columns else {}),
             vae=self._vae,
             scheduler=None,
@@ -110,16 +105,12 @@ class WanEncoders:
         return mode
 
 
-def _text_parts(path: Path, settings: EncoderSettings) -> dict[str, object]:
-    with loading(path, "text encoder"):
-        text_encoder = UMT5EncoderModel.from_pretrained(
-            path,
-            subfolder="text_encoder",
-            dtype=getattr(torch, settings.text_dtype),
-            local_files_only=True,
-        )
-    tokenizer = load_tokenizer(path, "tokenizer")
-    return {"text_encoder": text_encoder, "tokenizer": tokenizer}
+def text_parts(path: Path, *, dtype: str) -> dict[str, Any]:
+    """UMT5 and its tokenizer."""
+    return {
+        "text_encoder": load_part(UMT5EncoderModel, path, "text_encoder", dtype=dtype),
+        "tokenizer": load_tokenizer(path, "tokenizer"),
+    }
 
 
 def image_parts(path: Path) -> dict[str, Any]:
@@ -128,10 +119,8 @@ def image_parts(path: Path) -> dict[str, Any]:
     Of the processors it is the one over PIL: the one over torchvision resizes otherwise, and would
     be taken wherever torchvision happens to be installed.
     """
-    with loading(path, "image encoder"):
-        encoder = CLIPVisionModel.from_pretrained(
-            path, subfolder="image_encoder", dtype=torch.float32, local_files_only=True
-        )
+    encoder = load_part(CLIPVisionModel, path, "image_encoder", dtype="float32")
+    with loading(path, "image_processor"):
         processor = CLIPImageProcessorPil.from_pretrained(
             path, subfolder="image_processor", local_files_only=True
         )

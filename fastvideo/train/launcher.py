@@ -5,8 +5,8 @@ Free of torch until there is something to train, so that a finished run answers 
 """
 
 import contextlib
-import fcntl
 import functools
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,13 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
     stop = functools.cache(lambda: StopRequest(RunDir(recipe.run_dir)))
     # Everything is checked before the first transformer trains, and before anything is written.
     about = {name: _about(recipe, name, store, plan) if plan else {} for name in directories}
+    if not force:
+        _check_family(recipe)
     with contextlib.ExitStack() as locks:
+        if any(not _finished(directory, recipe) for directory in directories.values()):
+            locks.callback(lambda: stop().leave())
         for name, directory in directories.items():
-            locks.enter_context(_alone(directory))
+            locks.enter_context(atomic.alone(directory.lock, busy=_busy(directory)))
             if not force:
                 _check_begun(recipe, directory, about[name])
         return {
@@ -79,6 +83,26 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
                 for name in directories
             }
         }
+
+
+def _check_family(recipe: Recipe) -> None:
+    """Transformers of one run are exported together: they must be of one model."""
+    for folder in sorted(RunDir(recipe.run_dir).root.glob("train/*/")):
+        newest = _newest(TrainDir(folder))
+        marker = state.read_checkpoint_marker(newest) if newest else None
+        family = marker["about"].get("family") if marker else None
+        if family not in (None, recipe.model.family):
+            raise UserError(
+                f"{folder}: was trained from a {family} model, the recipe says "
+                f"{recipe.model.family}; choose another run_dir"
+            )
+
+
+def _busy(directory: TrainDir) -> str:
+    return (
+        f"{directory.root}: another process trains here; wait for it or stop it, or choose another "
+        "run_dir"
+    )
 
 
 def _check_begun(recipe: Recipe, directory: TrainDir, about: dict[str, Any]) -> None:
@@ -108,6 +132,7 @@ def _train(
     from fastvideo.train import worker
 
     worker.train(recipe, transformer=transformer, plan=plan, about=about, stop=stop())
+    gc.collect()  # libraries hold the model in a cycle; the next expert needs its memory
     return {"step": recipe.train.steps, "ran": True}
 
 
@@ -125,23 +150,6 @@ def _finished(directory: TrainDir, recipe: Recipe) -> bool:
     marker = state.read_checkpoint_marker(newest)
     assert marker is not None
     return bool(marker["step"] >= recipe.train.steps and marker["measured"])
-
-
-@contextlib.contextmanager
-def _alone(directory: TrainDir) -> Iterator[None]:
-    """Hold the lock of a training folder; two runs in one would spoil each other's files."""
-    directory.root.mkdir(parents=True, exist_ok=True)
-    with open(directory.lock, "a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{directory.root}: another process trains here; wait for it or stop it, or "
-                "choose another run_dir"
-            ) from None
-        except OSError as error:  # some cluster file systems have no locks
-            logger.warning("%s: cannot be locked (%s)", directory.lock, error.strerror)
-        yield
 
 
 def _about(
@@ -203,6 +211,12 @@ def _check_shards(
                 f"{store.root}: was encoded with {key} {settings[key]!r}, the recipe says "
                 f"{value!r}; run preprocess, or use the recipe the shards were made with"
             )
+    made, said = settings["decode"].get("latents"), getattr(recipe.source, "latents", None)
+    if made != said:
+        raise UserError(
+            f"{store.root}: was made with source.latents {made!r}, the recipe says {said!r}; run "
+            "preprocess, or use the recipe the shards were made with"
+        )
     missing = [name for name in columns if name not in settings["columns"]]
     if missing:
         raise UserError(

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests to stop: USR2, TERM, the first Ctrl-C, or a STOP file in the run directory."""
 
+import contextlib
 import signal
 from types import FrameType
 
+from fastvideo import atomic
+from fastvideo.errors import UserError
 from fastvideo.state import RunDir
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -32,6 +35,17 @@ class StopRequest:
         return "the STOP file" if self._file.exists() else self._honoured
 
     def honour(self) -> None:
-        """Take the STOP file away, so that the next start continues; this process still stops."""
+        """Remember that this process stops, whatever becomes of the STOP file."""
         self._honoured = self.reason()
-        self._file.unlink(missing_ok=True)
+
+    def leave(self) -> None:
+        """After training: take the STOP file away, so that the next start continues.
+
+        Where another expert trains in the same run, the last one to stop takes it.
+        """
+        if self._honoured is None:
+            return
+        with contextlib.ExitStack() as locks, contextlib.suppress(UserError):
+            for lock in self._file.parent.glob("train/*/lock"):
+                locks.enter_context(atomic.alone(lock, busy="trains"))
+            self._file.unlink(missing_ok=True)

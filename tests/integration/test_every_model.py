@@ -160,7 +160,8 @@ def sample_here(job: Job, *, weights: str) -> npt.NDArray[np.float32]:
     from PIL import Image
 
     recipe = job.load(f"generate.weights={weights}")
-    pipeline: Any = sampling._load(recipe, recipe.model.path)
+    checkpoints = sampling._checkpoints(recipe)
+    pipeline: Any = sampling._load(recipe, recipe.model.path, checkpoints)
     image = {"image": Image.open(job.image)} if recipe.model.task == "i2v" else {}
     made = pipeline(
         **job.call, **image, generator=torch.Generator().manual_seed(5), output_type="np"

@@ -9,7 +9,9 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,18 @@ from fastvideo.preprocess import preprocess
 from fastvideo.state import RunDir, read_checkpoint_marker
 from fastvideo.train import loop, worker
 from fastvideo.train.launcher import train
-from tests.tiny_world import Done, Pair, World, digests, fastvideo, in_fork, make_world, passes
+from tests.tiny_world import (
+    Done,
+    Pair,
+    World,
+    digests,
+    fastvideo,
+    in_fork,
+    make_world,
+    passes,
+    start_fork,
+    wait_for,
+)
 
 HIGH, LOW = "transformer", "transformer_2"
 BOUNDARIES = {"t2v": 0.875, "i2v": 0.9}
@@ -345,6 +358,30 @@ def test_a_finished_run_trains_nothing_and_more_steps_train_both(
 # ---------------------------------------------------------------- one expert a job
 
 
+def test_a_stop_file_stops_both_jobs_of_a_run(world: World, tmp_path: Path) -> None:
+    """Side by side, as two jobs; the last one to stop takes the file away."""
+    long = ("train.steps=100000", "train.checkpoint.every_steps=100000")
+    where = (f"run_dir={tmp_path}", "train.heldout.every_steps=null", *long)
+    recipes = [world.load(*where, f"train.expert={expert}") for expert in ("high", "low")]
+    children = [start_fork(partial(train, recipe), environment={}) for recipe in recipes]
+    try:
+        for folder in (HIGH, LOW):
+            while not losses_if_any(tmp_path, folder):
+                time.sleep(0.05)
+    finally:
+        (tmp_path / "STOP").touch()
+    for child in children:
+        assert wait_for(child) == 1, "Stopped, outside of the command line"
+    assert not (tmp_path / "STOP").exists()
+    for folder in (HIGH, LOW):
+        assert len(RunDir(tmp_path).training(folder).complete_checkpoints()) == 1
+
+
+def test_jobs_of_two_experts_have_recipes_of_their_own(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    assert len({run_dir.resolved(expert) for expert in ("high", "low", None)}) == 3
+
+
 @pytest.mark.parametrize(("first", "folder"), [("low", LOW), ("high", HIGH)])
 def test_one_expert_alone_is_the_same_training_and_the_other_can_follow(
     world: World, undisturbed: Trained, tmp_path: Path, first: str, folder: str
@@ -390,7 +427,8 @@ def export(world: World, run_dir: Path) -> Done:
 
 
 def generate(world: World, run_dir: Path, kind: str) -> int:
-    overrides = (f"generate.weights={kind}", "generate.guidance_scale_2=2.0")
+    guided = ("generate.guidance_scale=3", "generate.guidance_scale_2=2.0")
+    overrides = (f"generate.weights={kind}", *guided)
     done = fastvideo("generate", world, f"run_dir={run_dir}", *overrides, "--json")
     assert done.code == 0, done.err
     return int(json.loads(done.out)["made"])

@@ -21,8 +21,8 @@ import yaml
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.loader import Sample, Samples
 from fastvideo.errors import UserError
+from fastvideo.models.family import pad_text
 from fastvideo.models.tiny import write_tiny
-from fastvideo.models.wan21 import pad_text
 from fastvideo.preprocess import preprocess
 from fastvideo.state import RunDir, ShardStore
 from fastvideo.train.launcher import train

@@ -18,8 +18,7 @@ from fastvideo.data import encode
 from fastvideo.data.loader import Samples
 from fastvideo.data.shard import read_texts
 from fastvideo.errors import UserError
-from fastvideo.models.family import Encoders
-from fastvideo.models.wan21 import pad_text
+from fastvideo.models.family import Encoders, pad_text
 from fastvideo.preprocess import preprocess
 from fastvideo.state import ShardStore
 from tests.tiny_world import World, digests, in_fork, make_world, write_clip

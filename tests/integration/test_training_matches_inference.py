@@ -211,7 +211,7 @@ def no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     def pad(texts: Any, *, length: int) -> Tensor:
         return wan21_pad(texts, length=max(len(text.embedding) for text in texts))
 
-    wan21_pad = wan21.pad_text
+    wan21_pad = families.pad_text
     monkeypatch.setattr(wan21, "pad_text", pad)
 
 

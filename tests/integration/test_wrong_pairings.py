@@ -310,8 +310,11 @@ def test_a_key_that_the_family_does_not_have_is_refused(
 def test_experts_and_their_guidance_are_for_a14b(lab: Lab, name: str) -> None:
     for expert, folder in (("high", "transformer"), ("low", "transformer_2")):
         override = f"train.expert={expert}"
-        recipe = lab.worlds[name].load(override, "generate.guidance_scale_2=3.0")
+        guided = ("generate.guidance_scale=4.0", "generate.guidance_scale_2=3.0")
+        recipe = lab.worlds[name].load(override, *guided)
         assert recipe.transformers == (folder,)
+    message = lab.refusal(name, "generate", "generate.guidance_scale_2=3.0")
+    says(message, "generate.guidance_scale_2=3", "guidance_scale=1 switches guidance off")
 
 
 def test_folders_that_coincide_are_refused(lab: Lab, tmp_path: Path) -> None:
@@ -364,7 +367,7 @@ IMAGES: dict[str, tuple[str, Given, list[str]]] = {
         *(TI2V_I2V, {"image_path": "https://example.org/a.png"}),
         ["image_path: https://example.org/a.png is an address", "fetch the file"],
     ),
-    "no picture": (WAN21_I2V, {"image_path": text_file}, ["notes.png: cannot be read as an image"]),
+    "no picture": (WAN21_I2V, {"image_path": text_file}, ["notes.png: gives no image"]),
     "half a picture": (A14B_I2V, {"image_path": cut_image}, ["cut.png", "save it anew"]),
     "half a video": (TI2V_I2V, {"video_path": cut_video}, ["cut.mp4", "give another file"]),
 }

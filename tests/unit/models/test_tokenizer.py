@@ -12,8 +12,8 @@ from fastvideo.config.recipe import Model
 from fastvideo.export import name_tokenizers
 from fastvideo.models.family import SamplerSettings
 from fastvideo.models.hunyuan import HunyuanVideo
+from fastvideo.models.parts import load_tokenizer
 from fastvideo.models.tiny import write_tiny
-from fastvideo.models.tokenizer import load_tokenizer
 from fastvideo.models.wan21 import Wan21
 
 TEXTS = [

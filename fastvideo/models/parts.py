@@ -1,13 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers as their own files say, the same in preprocessing and sampling."""
+"""Parts of a model folder, loaded whole or refused, the same in preprocessing and sampling."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fastvideo.errors import UserError
 from fastvideo.models.folder import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def load_part(kind: Any, path: Path, folder: str, *, dtype: str) -> Any:
+    """Load a model of diffusers or transformers, in evaluation mode.
+
+    Raises:
+        UserError: It cannot be loaded, or its files lack weights, for which the libraries would put
+            random numbers and a warning.
+    """
+    import torch
+
+    with loading(path, folder):
+        model, report = kind.from_pretrained(
+            path,
+            subfolder=folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"model.path={path}: the weights in {folder} lack {len(missing)} tensors of a "
+            f"{kind.__name__} ({missing[0]}, ...); fetch it again, or give a whole diffusers folder"
+        )
+    return model
 
 
 def load_tokenizer(path: Path, folder: str) -> "PreTrainedTokenizerBase":
