@@ -24,9 +24,8 @@ from fastvideo.data.loader import Sample as Stored
 from fastvideo.data.loader import Samples
 from fastvideo.data.shard import read_texts
 from fastvideo.errors import UserError
-from fastvideo.models.family import find_family
+from fastvideo.models.family import find_family, pad_text
 from fastvideo.models.tiny import IMAGE_DIM, POOLED_DIM, TEXT_DIM, write_tiny
-from fastvideo.models.wan21 import pad_text
 from fastvideo.preprocess import preprocess
 from fastvideo.state import RunDir, ShardStore
 from fastvideo.train.launcher import train
