@@ -2,13 +2,9 @@
 """Parquet that upstream FastVideo's preprocessing made is trained on as it is."""
 
 import dataclasses
-import functools
-import json
 import logging
-import math
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +12,28 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 
-from fastvideo import log, state, status
-from fastvideo.data.adopt import adopted
-from fastvideo.data.loader import Sample as Stored
-from fastvideo.data.loader import Samples
+from fastvideo import log, state
 from fastvideo.data.shard import read_texts
 from fastvideo.errors import UserError
-from fastvideo.models.family import find_family, pad_text
-from fastvideo.models.tiny import IMAGE_DIM, POOLED_DIM, TEXT_DIM, write_tiny
+from fastvideo.models.family import find_family
+from fastvideo.models.tiny import TEXT_DIM
 from fastvideo.preprocess import preprocess
-from fastvideo.state import RunDir, ShardStore
-from fastvideo.train.launcher import train
-from tests.tiny_world import Pair, World, digests, fastvideo, in_fork, make_world, passes
-from tests.upstream_files import (
-    I2V,
-    T2V,
-    Geometry,
-    Sample,
-    random_samples,
-    write_file,
-    write_legacy,
-    write_new,
+from fastvideo.state import ShardStore
+from tests.tiny_world import Pair, digests, make_world
+from tests.upstream_files import I2V, Geometry, random_samples, write_legacy, write_new
+from tests.upstream_job import (
+    HUNYUAN,
+    I2V_PAIR,
+    T2V_PAIR,
+    Job,
+    Model,
+    assert_as_given,
+    make_job,
+    models_below,
+    same,
 )
 
-T2V_PAIR, I2V_PAIR = Pair(), Pair(task="i2v")
-HUNYUAN = Pair("hunyuan-video")
 PAIRS = (
     T2V_PAIR,
     I2V_PAIR,
@@ -50,25 +41,12 @@ PAIRS = (
     HUNYUAN,
     Pair("wan2.2-ti2v-5b", width=64),
 )
-COLUMNS = ("clip_feature", "first_frame_latent")
-IMAGE_FEATURES = (257, IMAGE_DIM)
-RESULTS = ("shard-*", "validation.*", "manifest.*", "clips.jsonl")
-KILLED = -9
-
-Model = Callable[[Pair], Path]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """Folder of the tiny model of a pair."""
-    root = tmp_path_factory.mktemp("models")
-
-    @functools.cache
-    def folder(pair: Pair) -> Path:
-        write_tiny(root / str(pair), family=pair.family, task=pair.task)
-        return root / str(pair)
-
-    return folder
+    return models_below(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -80,103 +58,6 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
     log.logger.removeHandler(caplog.handler)
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A recipe whose source is the folder ``given``; shards are float32."""
-
-    world: World
-    pair: Pair
-
-    @property
-    def given(self) -> Path:
-        return self.world.root / "given"
-
-    @property
-    def schema(self) -> Any:
-        return I2V if self.pair.task == "i2v" else T2V
-
-    def samples(self, count: int, *, seed: int = 0, **options: Any) -> list[Sample]:
-        """What upstream's preprocessing would have made with the job's model."""
-        names = {field.name for field in dataclasses.fields(Geometry)}
-        shapes = {key: options.pop(key) for key in list(options) if key in names}
-        wide = self.pair.family == "wan2.2-ti2v-5b"
-        plain = {
-            "latent": (48, 3, 2, 4) if wide else (16, 3, 4, 6),
-            "stride": 16 if wide else 8,
-            "text_dim": TEXT_DIM,
-            "image_features": IMAGE_FEATURES if self.pair.family == "wan2.1" else None,
-        }
-        geometry = Geometry(**{**plain, **shapes})
-        task = self.pair.task
-        made = random_samples(count, task=task, geometry=geometry, seed=seed, **options)
-        return [self._as_encoded(sample) for sample in made]
-
-    def _as_encoded(self, sample: Sample) -> Sample:
-        """With the latents of the model's VAE in scale, and the text as its encoders give it."""
-        recipe = self.world.load()
-        statistics = find_family(recipe).latent_statistics(Path(recipe.model.path))
-        tensors = dict(sample.tensors)
-        latent = torch.from_numpy(tensors["vae_latent"])
-        if len(latent) == len(statistics.mean):
-            tensors["vae_latent"] = statistics.denormalise(latent).numpy()
-        if self.pair == HUNYUAN:  # row 0 is CLIP's pooled text
-            tensors["text_embedding"] = tensors["text_embedding"].copy()
-            tensors["text_embedding"][0, POOLED_DIM:] = 0
-        return dataclasses.replace(sample, tensors=tensors)
-
-    def write(self, samples: Sequence[Sample], name: str = "a.parquet") -> Path:
-        """One file of upstream's."""
-        folder = self.given / "training_dataset/worker_0/worker_0"
-        return write_file(folder / name, samples, self.schema)
-
-    def fill(self, *overrides: str, **options: Any) -> list[int]:
-        filled: list[int] = preprocess(self.world.load(*overrides), **options)["filled"]
-        return filled
-
-    def stored(self, split: Any = "train") -> dict[str, Stored]:
-        """What training reads, by id."""
-        columns = [name for name in COLUMNS if f"{name}_bytes" in self.schema.names]
-        if self.pair.family != "wan2.1":
-            columns = [name for name in columns if name != "clip_feature"]
-        samples = Samples(ShardStore(self.world.shards), split=split, columns=columns)
-        found = [samples[i] for i in range(len(samples))]
-        assert len({sample.id for sample in found}) == len(found)
-        return {sample.id: sample for sample in found}
-
-    def ledger(self) -> dict[str, tuple[str, str]]:
-        """State and reason by id."""
-        store = ShardStore(self.world.shards)
-        plan = store.read_plan()
-        assert plan is not None
-        return {row.id: (row.state, row.reason) for row in state.ledger(store, plan)}
-
-    def train(self, *overrides: str) -> list[float]:
-        """Train in a fork; the losses of all transformers."""
-        recipe = self.world.load(*overrides)
-        shutil.rmtree(recipe.run_dir, ignore_errors=True)
-        assert in_fork(lambda: train(recipe)) == 0
-        losses = []
-        for folder in recipe.transformers:
-            directory = RunDir(recipe.run_dir).training(folder)
-            assert directory.complete_checkpoints()[-1] == recipe.train.steps
-            records = map(json.loads, directory.metrics.read_text().splitlines())
-            found = [record["loss"] for record in records if "loss" in record]
-            assert len(found) == recipe.train.steps
-            losses += found
-        assert all(math.isfinite(loss) for loss in losses)
-        return losses
-
-
-def make_job(root: Path, model: Path, pair: Pair = T2V_PAIR) -> Job:
-    world = make_world(root, clips=0, model=model, pair=pair)
-    tree = yaml.safe_load(world.recipe.read_text())
-    tree["source"] = {"kind": "parquet", "path": str(root / "given")}
-    tree["shards"]["dtype"] = "float32"
-    tree["train"] |= {"steps": 3, "checkpoint": {"every_steps": 3}}
-    world.recipe.write_text(yaml.safe_dump(tree))
-    return Job(world, pair)
-
-
 @pytest.fixture
 def job(tmp_path: Path, model: Model) -> Job:
     return make_job(tmp_path, model(T2V_PAIR))
@@ -185,36 +66,6 @@ def job(tmp_path: Path, model: Model) -> Job:
 @pytest.fixture
 def i2v_job(tmp_path: Path, model: Model) -> Job:
     return make_job(tmp_path, model(I2V_PAIR), I2V_PAIR)
-
-
-def assert_as_given(stored: Stored, sample: Sample, *, pair: Pair) -> None:
-    """Bit for bit."""
-    given = {stem: torch.from_numpy(tensor) for stem, tensor in sample.tensors.items()}
-    assert same(stored.vae_latent, given["vae_latent"])
-    for name, tensor in stored.images.items():
-        assert same(tensor, given[name]), name
-    (text,) = stored.texts
-    rows = given["text_embedding"]
-    if pair == HUNYUAN:
-        assert text.pooled is not None
-        assert same(text.pooled, rows[0, :POOLED_DIM])
-        rows = rows[1:]
-    length = 256 if pair == HUNYUAN else 512
-    padded = pad_text([text], length=length)[0]
-    assert text.embedding.dtype == torch.float32
-    assert torch.equal(padded, upstream_pad(rows, length))
-
-
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
-
-
-def upstream_pad(t: torch.Tensor, padding_length: int) -> torch.Tensor:
-    """``pad`` of upstream's fastvideo/dataset/utils.py, without the mask."""
-    length, dim = t.shape
-    if padding_length > length:
-        return torch.cat([t, torch.zeros(padding_length - length, dim, dtype=t.dtype)], 0)
-    return t[:padding_length]
 
 
 # ---------------------------------------------------------------- what is sound
@@ -547,166 +398,3 @@ def test_prompts_come_from_the_models_own_encoders(i2v_job: Job, tmp_path: Path)
     (empty,) = read_texts(store.validation, marker["rows"][0])
     assert empty.embedding.shape[1] == TEXT_DIM
     assert i2v_job.train("train.text_dropout=1")
-
-
-# ---------------------------------------------------------------- again, more, changed
-
-
-def test_a_second_run_reads_and_touches_nothing(job: Job) -> None:
-    write_new(job.given, job.samples(5), samples_per_file=2)
-    assert job.fill() == [0, 1]
-    before = {p.name: p.stat().st_mtime_ns for p in job.world.shards.iterdir()}
-    for path in job.given.rglob("*.parquet"):
-        size, times = path.stat().st_size, path.stat()
-        path.write_bytes(bytes(size))  # a file that looks as before is not read again
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert job.fill() == []
-    assert {p.name: p.stat().st_mtime_ns for p in job.world.shards.iterdir()} == before
-
-
-def test_a_file_that_is_added_adds_shards_only(job: Job) -> None:
-    """Also where it sorts before the others and repeats their ids."""
-    job.write(job.samples(4, id="clip.mp4"), "m.parquet")
-    assert job.fill() == [0, 1]
-    before = digests(job.world.shards, "shard-*")
-    added = job.samples(2, seed=1, id="clip.mp4")
-    job.write(added, "a.parquet")
-    assert job.fill() == [2]
-    after = digests(job.world.shards, "shard-*")
-    assert {name: after[name] for name in before} == before
-    assert len(job.stored()) == 6
-    assert job.fill() == []
-
-
-def test_a_file_that_is_removed_takes_its_clips_along(job: Job) -> None:
-    samples = job.samples(6)
-    job.write(samples[:3], "a.parquet")
-    path = job.write(samples[3:], "b.parquet")
-    assert job.fill() == [0, 1]
-    path.unlink()
-    assert job.fill() == []
-    assert job.stored().keys() == {sample.id for sample in samples[:3]}
-
-
-def test_changed_rows_make_their_shard_anew_and_touched_files_nothing(job: Job) -> None:
-    samples = job.samples(6)
-    path = job.write(samples[:3], "a.parquet")
-    job.write(samples[3:], "b.parquet").touch()
-    assert job.fill() == [0, 1]
-    path.touch()
-    assert job.fill() == []
-    (other,) = job.samples(1, seed=1, id=samples[1].id, caption=samples[1].caption)
-    job.write([samples[0], other, samples[2]], "a.parquet")
-    assert job.fill() == [0]
-    assert_as_given(job.stored()[other.id], other, pair=T2V_PAIR)
-
-
-def test_a_file_that_changed_after_planning_is_not_taken_for_the_old_one(job: Job) -> None:
-    job.write(job.samples(3), "a.parquet")
-    path = job.write(job.samples(3, seed=1), "b.parquet")
-    assert job.fill(manifest_only=True) == []
-    job.write(job.samples(3, seed=2), "b.parquet")
-    assert job.fill(shards=[0]) == [0]
-    with pytest.raises(UserError, match=r"b\.parquet: changed since"):
-        job.fill(shards=[1])
-    path.unlink()
-    with pytest.raises(UserError, match=r"b\.parquet: is gone since"):
-        job.fill(shards=[1])
-    assert job.fill() == []
-    assert len(job.stored()) == 3
-
-
-def test_what_is_known_of_files_survives_damage_to_its_journal(job: Job) -> None:
-    write_new(job.given, job.samples(4), samples_per_file=1)
-    job.fill()
-    journal = ShardStore(job.world.shards).listed
-    lines = journal.read_text().split("\n")
-    newer = lines[1].replace('"version": 1', '"version": 2')
-    journal.write_text("\n".join(["[]", "{}", "\0", newer, *lines[2:]])[:-200])
-    assert job.fill() == []
-    assert len(job.stored()) == 4
-    kept = journal.stat().st_size
-    assert job.fill() == []
-    assert journal.stat().st_size == kept, "every file is known again"
-
-
-def test_a_kill_at_any_fault_point_is_repaired_by_a_rerun(job: Job) -> None:
-    """Prompts are there already: kills while they are encoded are as with raw clips."""
-    samples = job.samples(5)
-    write_new(job.given, samples, samples_per_file=2)
-    recipe, shards = job.world.load(), job.world.shards
-
-    def begin_anew() -> None:
-        for path in shards.iterdir():
-            if path.stem not in ("validation", "hashes"):
-                path.unlink()
-
-    job.fill()
-    begin_anew()
-    faults = job.world.root / "faults.log"
-    assert in_fork(lambda: preprocess(recipe), fault_log=faults) == 0
-    expected = digests(shards, *RESULTS)
-    assert len([name for name in expected if name.startswith("shard-")]) == 4
-    points = passes(faults)
-    assert {"listed:1", "listed:3", "plan.write:1", "shard.parquet.rename:2"} <= set(points)
-    for point in points:
-        begin_anew()
-        assert in_fork(lambda: preprocess(recipe), fault=point) == KILLED, point
-        assert in_fork(lambda: preprocess(recipe)) == 0
-        assert digests(shards, *RESULTS) == expected, point
-        assert not list(shards.glob(".*.tmp")), point
-    assert job.stored().keys() == {sample.id for sample in samples}
-
-
-# ---------------------------------------------------------------- the verbs
-
-
-def test_the_commands_speak_of_rows_as_of_clips(job: Job) -> None:
-    job.write([*job.samples(3), *job.samples(1, seed=1, latent=(16, 2, 4, 6), id="a\tb")])
-    done = fastvideo("preprocess", job.world, "--json")
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["clips"] == {"encoded": 3, "filtered": 1}
-    done = fastvideo("status", job.world, "--clips")
-    assert done.code == 0, done.err
-    head, *lines = done.out.splitlines()
-    assert head.split("\t")[1] == "state"
-    assert [line.split("\t")[1:3] for line in lines] == [
-        ["encoded", ""],
-        ["encoded", ""],
-        ["encoded", ""],
-        ["filtered", "too_short"],
-    ]
-    assert r"a\tb" in lines[3]
-    done = fastvideo("train", job.world)
-    assert done.code == 0, done.err
-    counts = status.summary(job.world.load())
-    assert counts["shards"] == {"total": 1, "done": 1, "missing": []}
-    assert counts["train"]["transformer"]["step"] == 3
-    assert fastvideo("train", job.world).err.count("already trained") == 1
-
-
-def test_a_folder_that_is_none_of_upstreams_is_refused(job: Job) -> None:
-    done = fastvideo("preprocess", job.world)
-    assert done.code == 2
-    assert "given: is no folder" in done.err
-    (job.given / "rows").mkdir(parents=True)
-    assert "holds no *.parquet" in fastvideo("preprocess", job.world).err
-    (job.given / "rows/a.parquet").write_bytes(b"PAR1 and no more")
-    assert "is not a whole Parquet file" in fastvideo("preprocess", job.world).err
-
-
-def test_clips_are_read_in_the_order_of_the_shard_whatever_that_of_the_file(job: Job) -> None:
-    samples = job.samples(6)
-    job.write(samples[:3], "a.parquet")
-    job.write(samples[3:], "b.parquet")
-    job.fill(manifest_only=True)
-    from fastvideo.data.manifest import read_rows
-
-    rows = read_rows(ShardStore(job.world.shards))
-    order = [2, 0, 1, 5, 3, 4]
-    found = adopted(
-        job.world.load(), [rows[i] for i in order], columns=("vae_latent", "text_embedding")
-    )
-    for index, clip in zip(order, found, strict=True):
-        given = torch.from_numpy(samples[index].tensors["vae_latent"])
-        assert same(clip.tensors["vae_latent"], given)
