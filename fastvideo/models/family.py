@@ -217,25 +217,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def set_up(pipeline: "DiffusionPipeline", settings: SamplerSettings) -> "DiffusionPipeline":
-    """Bring a loaded pipeline to its device with the memory options."""
-    pipeline.set_progress_bar_config(disable=True)
-    if settings.flow_shift is not None:
-        scheduler = pipeline.scheduler
-        key = "flow_shift" if "flow_shift" in scheduler.config else "shift"
-        pipeline.scheduler = scheduler.from_config(scheduler.config, **{key: settings.flow_shift})
-    if settings.vae_tiling:
-        pipeline.vae.enable_tiling()
-    if settings.offload == "none":
-        return pipeline.to(settings.device)
-    assert settings.device != "cpu", "refused before loading"
-    if settings.offload == "model":
-        pipeline.enable_model_cpu_offload(device=settings.device)
-    else:
-        pipeline.enable_sequential_cpu_offload(device=settings.device)
-    return pipeline
-
-
 def pick_device(wanted: str) -> str:
     """Turn ``auto`` into ``cuda`` or ``cpu``; refuse ``cuda`` where there is none."""
     import torch

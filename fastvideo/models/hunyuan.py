@@ -22,10 +22,9 @@ from fastvideo.models.family import (
     Text,
     pad_text,
     quiet_libraries,
-    set_up,
 )
-from fastvideo.models.folder import files_of, loading, read_config
-from fastvideo.models.parts import load_part
+from fastvideo.models.folder import files_of, read_config
+from fastvideo.models.parts import assemble, load_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, HunyuanVideoTransformer3DModel, ModelMixin
@@ -144,8 +143,7 @@ class HunyuanVideo:
         transformers: Mapping[str, "ModelMixin"],
     ) -> "DiffusionPipeline":
         """Load the pipeline; the VAE computes in float32."""
-        import torch
-        from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
+        from diffusers import AutoencoderKLHunyuanVideo
 
         from fastvideo.models.hunyuan_encoders import text_parts
 
@@ -159,8 +157,4 @@ class HunyuanVideo:
             parts["transformer"] = self.load_transformer(
                 path, folder="transformer", dtype=settings.dtype
             )
-        with loading(path, "pipeline"):
-            pipeline: DiffusionPipeline = HunyuanVideoPipeline.from_pretrained(
-                path, **parts, dtype=getattr(torch, settings.dtype), local_files_only=True
-            )
-        return set_up(pipeline, settings)
+        return assemble(self.pipeline, path, parts, settings=settings)

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts of a model folder, loaded whole or refused, the same in preprocessing and sampling."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo.errors import UserError
+from fastvideo.models.family import SamplerSettings
 from fastvideo.models.folder import loading
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
     from transformers import PreTrainedTokenizerBase
 
 
@@ -53,3 +56,36 @@ def load_tokenizer(path: Path, folder: str) -> "PreTrainedTokenizerBase":
             path, subfolder=folder, local_files_only=True
         )
     return tokenizer
+
+
+def assemble(
+    name: str, path: Path, parts: Mapping[str, Any], *, settings: SamplerSettings
+) -> "DiffusionPipeline":
+    """Make the pipeline ``name`` of diffusers from loaded parts and the folder's scheduler."""
+    import diffusers
+    import torch
+
+    with loading(path, "pipeline"):
+        pipeline: DiffusionPipeline = getattr(diffusers, name).from_pretrained(
+            path, **parts, dtype=getattr(torch, settings.dtype), local_files_only=True
+        )
+    return _set_up(pipeline, settings)
+
+
+def _set_up(pipeline: "DiffusionPipeline", settings: SamplerSettings) -> "DiffusionPipeline":
+    """Bring a loaded pipeline to its device with the memory options."""
+    pipeline.set_progress_bar_config(disable=True)
+    if settings.flow_shift is not None:
+        scheduler = pipeline.scheduler
+        key = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+        pipeline.scheduler = scheduler.from_config(scheduler.config, **{key: settings.flow_shift})
+    if settings.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if settings.offload == "none":
+        return pipeline.to(settings.device)
+    assert settings.device != "cpu", "refused before loading"
+    if settings.offload == "model":
+        pipeline.enable_model_cpu_offload(device=settings.device)
+    else:
+        pipeline.enable_sequential_cpu_offload(device=settings.device)
+    return pipeline

@@ -22,10 +22,9 @@ from fastvideo.models.family import (
     Text,
     pad_text,
     quiet_libraries,
-    set_up,
 )
-from fastvideo.models.folder import files_of, loading, read_config
-from fastvideo.models.parts import load_part
+from fastvideo.models.folder import files_of, read_config
+from fastvideo.models.parts import assemble, load_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, WanTransformer3DModel
@@ -151,8 +150,6 @@ class Wan21:
         transformers: Mapping[str, "ModelMixin"],
     ) -> "DiffusionPipeline":
         """Load the pipeline; VAE and CLIP compute in float32, as Wan's own code does."""
-        import diffusers
-        import torch
         from diffusers import AutoencoderKLWan
 
         from fastvideo.models.wan_encoders import image_parts, text_parts
@@ -169,11 +166,7 @@ class Wan21:
         for folder in self._facts.transformers:
             if folder not in parts:
                 parts[folder] = self.load_transformer(path, folder=folder, dtype=settings.dtype)
-        with loading(path, "pipeline"):
-            pipeline: DiffusionPipeline = getattr(diffusers, self.pipeline).from_pretrained(
-                path, **parts, dtype=getattr(torch, settings.dtype), local_files_only=True
-            )
-        return set_up(pipeline, settings)
+        return assemble(self.pipeline, path, parts, settings=settings)
 
 
 def first_frame_mask(latent_BCTYX: "Tensor", *, channels: int) -> "Tensor":

@@ -9,6 +9,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor
 
 from fastvideo.models import hunyuan_forward
+from tests.gradients import gradients, relative
 
 TOLERANCE = 1e-6
 """Relative, in the 2-norm, float32."""
@@ -68,26 +69,6 @@ def ours_checkpointed(model: HunyuanVideoTransformer3DModel, given: dict[str, An
     return hunyuan_forward.forward(model, **given, activation_checkpointing=True)
 
 
-def gradients(
-    run: Any, model: HunyuanVideoTransformer3DModel, given: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Gradients of a weighted sum of the output in every parameter and every real input."""
-    leaves = {n: t.clone().requires_grad_() for n, t in given.items() if n not in WHOLE_NUMBERS}
-    model.zero_grad()
-    output = run(model, given | leaves)
-    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(2)))
-    found = {}
-    for name, leaf in (*model.named_parameters(), *leaves.items()):
-        assert leaf.grad is not None, name
-        found[name] = leaf.grad.clone()
-    return found
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm())
-
-
 @pytest.mark.parametrize("shape", [(3, 3, 8, 12), (1, 1, 2, 2), (2, 5, 6, 4)])
 @pytest.mark.parametrize("guidance", [True, False])
 def test_output_equals_diffusers(guidance: bool, shape: tuple[int, ...]) -> None:
@@ -99,8 +80,8 @@ def test_output_equals_diffusers(guidance: bool, shape: tuple[int, ...]) -> None
 @pytest.mark.parametrize("guidance", [True, False])
 def test_gradients_equal_diffusers(guidance: bool, run: Any) -> None:
     model, given = build(guidance=guidance), inputs(guidance=guidance)
-    expected = gradients(theirs, model, given)
-    found = gradients(run, model, given)
+    expected = gradients(theirs, model, given, fixed=WHOLE_NUMBERS)
+    found = gradients(run, model, given, fixed=WHOLE_NUMBERS)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         if is_without_effect(name):
