@@ -45,14 +45,17 @@ def export(recipe: Recipe) -> dict[str, Any]:
         "base": hashing.folder_stamp(base, without=tuple(checkpoints)),
         "settings": recipe.export.model_dump(mode="json"),
     }
-    steps = {folder: _step(checkpoint) for folder, checkpoint in checkpoints.items()}
+    trainings = {name: _training(recipe, name, path) for name, path in checkpoints.items()}
+    steps = {name: training.marker["step"] for name, training in trainings.items()}
     result = {"path": str(run_dir.export), "steps": steps}
     busy = f"{run_dir.export}: another process exports there; wait for it"
     with atomic.alone(run_dir.root / "export.lock", busy=busy):
         if atomic.read_json(run_dir.export_marker) == made_from:
             logger.info("already exported: %s", run_dir.export)
             return {**result, "ran": False}
-        _write(recipe, base=base, checkpoints=checkpoints, made_from=made_from)
+        pipeline = find_family(recipe).pipeline
+        card = model_card.text(recipe, base=base, pipeline=pipeline, trained=trainings)
+        _write(recipe, base=base, checkpoints=checkpoints, card=card, made_from=made_from)
     logger.info("exported %s to %s", _describe(steps), run_dir.export)
     return {**result, "ran": True}
 
@@ -64,13 +67,6 @@ def _training(recipe: Recipe, transformer: str, checkpoint: Path) -> model_card.
     return model_card.Training(marker, written.read_text(encoding="utf-8"))
 
 
-def _step(checkpoint: Path) -> int:
-    marker = state.read_checkpoint_marker(checkpoint)
-    assert marker is not None
-    step: int = marker["step"]
-    return step
-
-
 def _describe(steps: Mapping[str, int]) -> str:
     return " and ".join(f"step {step} of {folder}" for folder, step in steps.items())
 
@@ -80,6 +76,7 @@ def _write(
     *,
     base: Path,
     checkpoints: Mapping[str, Path],
+    card: str,
     made_from: Mapping[str, Any],
 ) -> None:
     folder, marker = RunDir(recipe.run_dir).export, RunDir(recipe.run_dir).export_marker
@@ -92,9 +89,6 @@ def _write(
     for name, checkpoint in checkpoints.items():
         _write_transformer(recipe, temporary / name, base=base, checkpoint=checkpoint)
     name_tokenizers(temporary)
-    trainings = {name: _training(recipe, name, path) for name, path in checkpoints.items()}
-    pipeline = find_family(recipe).pipeline
-    card = model_card.text(recipe, base=base, pipeline=pipeline, trained=trainings)
     (temporary / model_card.NAME).write_text(card, encoding="utf-8")
     # In the folder before it appears, so that it never vouches for another export.
     atomic.write_json(temporary / marker.name, made_from, point="export.marker")

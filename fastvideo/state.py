@@ -276,6 +276,11 @@ class TrainDir:
         folders = self.checkpoint_folders()
         return [step for step in folders if read_checkpoint_marker(folders[step]) is not None]
 
+    def newest_checkpoint(self) -> Path | None:
+        """Folder of the newest complete checkpoint."""
+        steps = self.complete_checkpoints()
+        return self.checkpoint(steps[-1]) if steps else None
+
     def checkpoint_folders(self) -> dict[int, Path]:
         """Folders of checkpoints, complete or not, by step, ascending."""
         if not self.checkpoints.is_dir():
@@ -307,9 +312,8 @@ def newest_checkpoints(run_dir: RunDir, transformers: Collection[str]) -> dict[s
     """
     found = {}
     for folder in transformers:
-        directory = run_dir.training(folder)
-        if steps := directory.complete_checkpoints():
-            found[folder] = directory.checkpoint(steps[-1])
+        if newest := run_dir.training(folder).newest_checkpoint():
+            found[folder] = newest
     if not found:
         where = " and ".join(str(run_dir.training(folder).checkpoints) for folder in transformers)
         raise UserError(f"{where}: no complete checkpoint; run train first")

@@ -111,15 +111,14 @@ class HunyuanVideo:
         lengths = text.new_tensor([len(t.embedding) for t in batch.texts])
         places = torch.arange(self._facts.text_tokens, device=text.device)
         pooled = [t.pooled for t in batch.texts if t.pooled is not None]
-        given = {
+        return {
             "hidden_states": flow.noised(batch.latents, batch.noise, batch.sigma),
             "timestep": batch.sigma * flow.NUM_TRAIN_TIMESTEPS,
             "encoder_hidden_states": text,
             "encoder_attention_mask": (places < lengths[:, None]).to(text.dtype),
             "pooled_projections": torch.stack(pooled),
+            "guidance": torch.full_like(batch.sigma, self._guidance * GUIDANCE_SCALE_UNIT),
         }
-        given["guidance"] = torch.full_like(batch.sigma, self._guidance * GUIDANCE_SCALE_UNIT)
-        return given
 
     def forward(
         self,

@@ -67,7 +67,7 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
     # Made where there is something to train, and once: what stops one expert stops the other.
     stop = functools.cache(lambda: StopRequest(RunDir(recipe.run_dir)))
     # Everything is checked before the first transformer trains, and before anything is written.
-    about = {name: _about(recipe, name, store, plan) if plan else {} for name in directories}
+    about = _about(recipe, store, plan) if plan else {name: {} for name in directories}
     if not force:
         _check_family(recipe)
     with contextlib.ExitStack() as locks:
@@ -88,7 +88,7 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
 def _check_family(recipe: Recipe) -> None:
     """Transformers of one run are exported together: they must be of one model."""
     for folder in sorted(RunDir(recipe.run_dir).root.glob("train/*/")):
-        newest = _newest(TrainDir(folder))
+        newest = TrainDir(folder).newest_checkpoint()
         marker = state.read_checkpoint_marker(newest) if newest else None
         family = marker["about"].get("family") if marker else None
         if family not in (None, recipe.model.family):
@@ -106,7 +106,7 @@ def _busy(directory: TrainDir) -> str:
 
 
 def _check_begun(recipe: Recipe, directory: TrainDir, about: dict[str, Any]) -> None:
-    if begun := _newest(directory):
+    if begun := directory.newest_checkpoint():
         _check_recipe(recipe, directory)
         _check_same(begun, about)
 
@@ -122,7 +122,7 @@ def _train(
     directory = RunDir(recipe.run_dir).training(transformer)
     state.prune_checkpoints(directory, keep_last=recipe.train.checkpoint.keep_last)
     if _finished(directory, recipe):
-        logger.info("already trained: %s", _newest(directory))
+        logger.info("already trained: %s", directory.newest_checkpoint())
         return {"step": directory.complete_checkpoints()[-1], "ran": False}
     assert plan is not None
     if recipe.train.schedule.warmup_steps >= recipe.train.steps:
@@ -136,15 +136,9 @@ def _train(
     return {"step": recipe.train.steps, "ran": True}
 
 
-def _newest(directory: TrainDir) -> Path | None:
-    """The newest complete checkpoint."""
-    steps = directory.complete_checkpoints()
-    return directory.checkpoint(steps[-1]) if steps else None
-
-
 def _finished(directory: TrainDir, recipe: Recipe) -> bool:
     """Whether the last step is done and its held-out loss measured."""
-    newest = _newest(directory)
+    newest = directory.newest_checkpoint()
     if newest is None:
         return False
     marker = state.read_checkpoint_marker(newest)
@@ -152,19 +146,20 @@ def _finished(directory: TrainDir, recipe: Recipe) -> bool:
     return bool(marker["step"] >= recipe.train.steps and marker["measured"])
 
 
-def _about(
-    recipe: Recipe, transformer: str, store: ShardStore, plan: dict[str, Any]
-) -> dict[str, Any]:
-    """What decides the result beside the recipe; kept in each checkpoint."""
+def _about(recipe: Recipe, store: ShardStore, plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What decides the result beside the recipe, by transformer; kept in each checkpoint."""
     path = find_model(recipe.model.path)
     family = find_family(recipe)
     family.check(path)
     _check_shards(recipe, store, plan["settings"], columns=family.columns(path))
     _check_encoders(path, store, plan["settings"])
-    return {
-        **model_facts(recipe, path, transformer=transformer),
+    shared = {
         "clips": state.data_fingerprint(store, plan),
         "shift": recipe.train.timesteps.shift or family.flow_shift(path),
+    }
+    return {
+        name: {**model_facts(recipe, path, transformer=name), **shared}
+        for name in recipe.transformers
     }
 
 

@@ -50,7 +50,7 @@ def draw_of(recipe: Recipe, folder: str) -> Draw:
     """What the training of one expert draws its samples with."""
     store = ShardStore(recipe.shards.path)
     plan = state.complete_plan(store)
-    about = launcher._about(recipe, folder, store, plan)
+    about = launcher._about(recipe, store, plan)[folder]
     columns = find_family(recipe).columns(Path(recipe.model.path))
     return worker._draws(recipe, plan, columns=columns, about=about)[0]
 

@@ -225,9 +225,7 @@ def checked(lab: Lab, name: str, *overrides: str) -> None:
     """What training checks before it begins."""
     recipe = lab.worlds[name].load(*overrides)
     store = ShardStore(recipe.shards.path)
-    plan = complete_plan(store)
-    for transformer in recipe.transformers:
-        launcher._about(recipe, transformer, store, plan)
+    launcher._about(recipe, store, complete_plan(store))
 
 
 def test_shards_of_another_family_are_refused(lab: Lab, tmp_path: Path) -> None:
