@@ -19,6 +19,7 @@ from fastvideo.errors import (
     EXIT_STOPPED,
     EXIT_UNEXPECTED,
     EXIT_USER_ERROR,
+    Failed,
     Stopped,
     UserError,
 )
@@ -53,6 +54,9 @@ def run(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"fastvideo {arguments.verb}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Failed as failure:
+        print(f"fastvideo {arguments.verb}: {failure}", file=sys.stderr)
+        return EXIT_UNEXPECTED
     except Stopped as stopped:
         print(f"fastvideo {arguments.verb}: {stopped}", file=sys.stderr)
         return EXIT_STOPPED

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two ways a verb ends early on purpose, and the exit codes others script against."""
+"""The ways a verb ends early on purpose, and the exit codes others script against."""
 
 EXIT_DONE = 0
 EXIT_UNEXPECTED = 1
@@ -14,3 +14,7 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """A stop was asked for and the state is saved; the same command continues from there."""
+
+
+class Failed(Exception):
+    """The machine, not the input, ended it: a full disk, a hang; the message says what to do."""

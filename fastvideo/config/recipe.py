@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from fastvideo.config.architectures import Architecture, architecture
+from fastvideo.config.parallel import Parallel
 from fastvideo.config.spec import Spec
 from fastvideo.config.train import Share, Train
 
@@ -222,6 +223,8 @@ class Recipe(Spec):
     """How preprocessing uses the machine."""
     train: Train = Train()
     """Training."""
+    parallel: Parallel = Parallel()
+    """Processes that train together."""
     validation: Validation = Validation()
     """Prompts for samples."""
     export: Export = Export()

@@ -20,8 +20,9 @@ class Full(Spec):
 class AdamW(Spec):
     """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019)."""
 
-    kind: Literal["adamw"] = "adamw"
-    """Which optimizer."""
+    kind: Literal["adamw", "adamw_8bit", "apex_adamw"] = "adamw"
+    """torch's fused kernels; torchao's with the running means in blocks of 8 bits (Dettmers et al.,
+    2022), for the memory; NVIDIA apex's fused kernels, for whole weights (`parallel.shard` 1)."""
     lr: PositiveFloat = 1e-5
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -67,8 +68,14 @@ class Checkpoints(Spec):
 
     every_steps: PositiveInt = 500
     """A checkpoint each so many steps, and always after the last."""
+    every_minutes: PositiveFloat | None = None
+    """And one whenever so much time has passed since the last."""
     keep_last: PositiveInt = 2
     """Older ones are removed after a newer one is complete."""
+    keep_every: PositiveInt | None = None
+    """Those of steps divisible by this stay for good."""
+    asynchronous: bool = True
+    """Copy the state to host memory and train on while it is written; the last one always waits."""
 
 
 class Heldout(Spec):
@@ -80,6 +87,38 @@ class Heldout(Spec):
     """Evenly spaced quantiles of the training density."""
     max_clips: PositiveInt = 64
     """Clips used, the first ones in the order of the shards."""
+
+
+class Watch(Spec):
+    """When a run is told to be unwell."""
+
+    max_skipped_steps: NonNegativeInt = 5
+    """Steps in a row whose loss or gradient is not finite: they are left out and counted, one more
+    ends the run."""
+    spike_factor: PositiveFloat | None = 5.0
+    """Warn of a loss this many times the median of the last hundred; empty does not look."""
+    starved_share: Share = 0.5
+    """Warn when the loop waits for data for more than this share of its time."""
+    hang_minutes: PositiveFloat = 30.0
+    """A process that does not get on for so long ends the run, with its name and its last step."""
+
+
+class Wandb(Spec):
+    """Weights & Biases, beside what is always written."""
+
+    project: str
+    """Project the run belongs to."""
+    mode: Literal["offline", "online"] = "offline"
+    """Offline writes below the run directory, for `wandb sync` where there is a network."""
+
+
+class Profile(Spec):
+    """A trace of torch's profiler, `train/<transformer>/profile/`."""
+
+    first_step: PositiveInt = 5
+    """The first step that is recorded; earlier ones warm up."""
+    steps: PositiveInt = 2
+    """How many are recorded."""
 
 
 class Train(Spec):
@@ -114,16 +153,27 @@ class Train(Spec):
     """Of the computation; weights, gradients and optimizer state stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU if there is one."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """Whether each block is computed again in the backward pass to save memory."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What of a block is computed again in the backward pass to save memory: nothing, all but its
+    attention, or everything."""
+    compile: bool = False
+    """Compile each kind of block with torch.compile; the first steps take minutes."""
     deterministic: bool = False
     """Only kernels that give the same bits each time; slower on a GPU."""
     checkpoint: Checkpoints = Checkpoints()
     """When to save."""
     heldout: Heldout = Heldout()
     """When to measure the held-out loss."""
+    watch: Watch = Watch()
+    """When a run is told to be unwell."""
     log_every_steps: PositiveInt = 10
     """A line of metrics.jsonl and TensorBoard each so many steps."""
+    tensorboard: bool = True
+    """Write TensorBoard's event files; metrics.jsonl is written always."""
+    wandb: Wandb | None = None
+    """Report to Weights & Biases too; needs wandb."""
+    profile: Profile | None = None
+    """Record a few steps with torch's profiler."""
     loader_workers: NonNegativeInt = 2
     """Threads that read samples ahead; 0 reads in the loop."""
 
