@@ -90,7 +90,7 @@ class Heldout(Spec):
 
 
 class Watch(Spec):
-    """When a run is told to be unwell."""
+    """Faults of a run that are told, counted, or end it."""
 
     max_skipped_steps: NonNegativeInt = 5
     """Steps in a row whose loss or gradient is not finite: they are left out and counted, one more
@@ -165,7 +165,7 @@ class Train(Spec):
     heldout: Heldout = Heldout()
     """When to measure the held-out loss."""
     watch: Watch = Watch()
-    """When a run is told to be unwell."""
+    """What counts as a fault while it trains."""
     log_every_steps: PositiveInt = 10
     """A line of metrics.jsonl and TensorBoard each so many steps."""
     tensorboard: bool = True
