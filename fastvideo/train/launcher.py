@@ -18,6 +18,8 @@ from fastvideo.log import logger
 from fastvideo.models.family import find_family
 from fastvideo.models.folder import content_hash, find_model
 from fastvideo.state import RunDir, ShardStore, TrainDir
+from fastvideo.train.process import Process
+from fastvideo.train.pulse import Silent
 from fastvideo.train.stop import StopRequest
 from fastvideo.trained import NAMES, model_facts
 
@@ -131,7 +133,8 @@ def _train(
 
     from fastvideo.train import worker
 
-    worker.train(recipe, transformer=transformer, plan=plan, about=about, stop=stop())
+    process = Process(stop=stop(), pulse=Silent())
+    worker.train(recipe, transformer=transformer, plan=plan, about=about, process=process)
     gc.collect()  # libraries hold the model in a cycle; the next expert needs its memory
     return {"step": recipe.train.steps, "ran": True}
 
