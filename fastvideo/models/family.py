@@ -165,6 +165,13 @@ class Family(Protocol):
     def load_transformer(self, path: Path, *, folder: str, dtype: str = "float32") -> "ModelMixin":
         """Load one transformer; diffusers keeps some of its parts in float32."""
 
+    def empty_transformer(self, path: Path, *, folder: str, dtype: str = "float32") -> "ModelMixin":
+        """Build what `load_transformer` loads, without reading weights.
+
+        What is loaded is on the meta device, what is computed has its numbers; see
+        ``fastvideo.models.weights`` for what comes next.
+        """
+
     def arguments(self, batch: Batch) -> "dict[str, torch.Tensor]":
         """Noise the batch; the result is what the pipeline passes to its transformer, by name."""
 

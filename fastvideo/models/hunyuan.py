@@ -24,7 +24,7 @@ from fastvideo.models.family import (
     quiet_libraries,
 )
 from fastvideo.models.folder import files_of, read_config
-from fastvideo.models.parts import assemble, load_part
+from fastvideo.models.parts import assemble, empty_part, load_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, HunyuanVideoTransformer3DModel, ModelMixin
@@ -99,6 +99,16 @@ class HunyuanVideo:
         quiet_libraries()
         kind = HunyuanVideoTransformer3DModel
         model: HunyuanVideoTransformer3DModel = load_part(kind, path, folder, dtype=dtype)
+        return model
+
+    def empty_transformer(
+        self, path: Path, *, folder: str, dtype: str = "float32"
+    ) -> "HunyuanVideoTransformer3DModel":
+        """No part of it is computed: its rotary tables are made in each forward."""
+        from diffusers import HunyuanVideoTransformer3DModel
+
+        kind = HunyuanVideoTransformer3DModel
+        model: HunyuanVideoTransformer3DModel = empty_part(kind, path, folder, dtype=dtype)
         return model
 
     def arguments(self, batch: Batch) -> dict[str, "Tensor"]:

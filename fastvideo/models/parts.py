@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts of a model folder, loaded whole or refused, the same in preprocessing and sampling."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo.errors import UserError
 from fastvideo.models.family import SamplerSettings
-from fastvideo.models.folder import loading
+from fastvideo.models.folder import loading, read_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,12 +31,39 @@ def load_part(kind: Any, path: Path, folder: str, *, dtype: str) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"model.path={path}: the weights in {folder} lack {len(missing)} tensors of a "
-            f"{kind.__name__} ({missing[0]}, ...); fetch it again, or give a whole diffusers folder"
-        )
+    refuse_missing(report["missing_keys"], path, folder)
     return model
+
+
+def empty_part(kind: Any, path: Path, folder: str, *, dtype: str) -> Any:
+    """Build what `load_part` loads on the meta device: shapes and dtypes without numbers.
+
+    Tables that are computed rather than loaded are on the meta device as well.
+
+    Raises:
+        UserError: The folder's config.json is missing or another model's.
+    """
+    import torch
+
+    config = read_config(path, f"{folder}/config.json")
+    with loading(path, folder), torch.device("meta"):
+        model = kind.from_config(config).eval()
+    # As from_pretrained casts what it loads.
+    kept = set(kind._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        wanted = "float32" if kept & set(name.split(".")) else dtype
+        parameter.data = parameter.data.to(getattr(torch, wanted))
+    return model
+
+
+def refuse_missing(names: Collection[str], path: Path, folder: str) -> None:
+    """Refuse weights that lack the tensors ``names``, if there are any, with a ``UserError``."""
+    if names:
+        raise UserError(
+            f"model.path={path}: the weights in {folder} lack {len(names)} tensors of the model "
+            f"that its config.json describes ({min(names)}, ...); fetch it again, or give a whole "
+            "diffusers folder"
+        )
 
 
 def load_tokenizer(path: Path, folder: str) -> "PreTrainedTokenizerBase":

@@ -24,7 +24,7 @@ from fastvideo.models.family import (
     quiet_libraries,
 )
 from fastvideo.models.folder import files_of, read_config
-from fastvideo.models.parts import assemble, load_part
+from fastvideo.models.parts import assemble, empty_part, load_part
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, WanTransformer3DModel
@@ -106,6 +106,17 @@ class Wan21:
 
         quiet_libraries()
         model: WanTransformer3DModel = load_part(WanTransformer3DModel, path, folder, dtype=dtype)
+        return model
+
+    def empty_transformer(
+        self, path: Path, *, folder: str, dtype: str = "float32"
+    ) -> "WanTransformer3DModel":
+        """Only the rotary tables have numbers."""
+        from diffusers import WanTransformer3DModel
+
+        model: WanTransformer3DModel = empty_part(WanTransformer3DModel, path, folder, dtype=dtype)
+        rope = model.rope
+        model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
         return model
 
     def arguments(self, batch: Batch) -> dict[str, "Tensor"]:
