@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over whole sequences; the one place where sparse and parallel variants plug in.
 
-Axes: B batch, S query tokens, N key tokens, H heads, K head dimension.
+Axes: B batch, S query tokens, N key tokens, H heads, h of them on one process, K head dimension.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastvideo.models.sequence import SequenceParallel
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and sine of each position's angles, float32 (1, S, 1, K), every angle twice in a row."""
@@ -30,6 +32,35 @@ def dense(
         q_BSHK.transpose(1, 2), k_BNHK.transpose(1, 2), v_BNHK.transpose(1, 2), attn_mask=mask_B11N
     )
     return out_BHSK.transpose(1, 2)
+
+
+def shared(
+    q_BSHK: Tensor,
+    k_BSHK: Tensor,
+    v_BSHK: Tensor,
+    *,
+    sequence: SequenceParallel | None,
+    sizes: list[int],
+    mask_B11N: Tensor | None = None,
+) -> Tensor:
+    """`dense` of tokens to each other where several processes hold them.
+
+    Args:
+        q_BSHK: Queries of our tokens.
+        k_BSHK: Keys of our tokens.
+        v_BSHK: Values of our tokens.
+        sequence: The processes; None where all tokens are ours.
+        sizes: Number of tokens of each process.
+        mask_B11N: bool, False where a key takes no part; keys in the order of the processes.
+
+    Returns:
+        (B, S, H, K) of our tokens.
+    """
+    if sequence is None:
+        return dense(q_BSHK, k_BSHK, v_BSHK, mask_B11N=mask_B11N)
+    together = torch.cat((q_BSHK, k_BSHK, v_BSHK.to(q_BSHK.dtype)), dim=3)
+    q, k, v = sequence.to_heads(together, sizes=sizes).chunk(3, dim=3)
+    return sequence.to_tokens(dense(q, k, v, mask_B11N=mask_B11N), sizes=sizes)
 
 
 def rotate(x_BSHK: Tensor, rotary: Rotary) -> Tensor:

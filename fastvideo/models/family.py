@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline, ModelMixin
 
+    from fastvideo.models.execution import Execution
+
 
 ENCODE_VERSION = 1
 """Counts changes of how captions, pictures and clips are given to the encoders."""
@@ -175,14 +177,8 @@ class Family(Protocol):
     def arguments(self, batch: Batch) -> "dict[str, torch.Tensor]":
         """Noise the batch; the result is what the pipeline passes to its transformer, by name."""
 
-    def forward(
-        self,
-        model: "torch.nn.Module",
-        arguments: "Mapping[str, torch.Tensor]",
-        *,
-        activation_checkpointing: bool,
-    ) -> "torch.Tensor":
-        """Predict the flow (B, C, T, Y, X)."""
+    def attach(self, model: "torch.nn.Module", how: "Execution") -> None:
+        """Make ``model(**arguments)`` run our forward: the flow (B, C, T, Y, X)."""
 
     def load_pipeline(
         self,

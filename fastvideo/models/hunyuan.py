@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, HunyuanVideoTransformer3DModel, ModelMixin
     from torch import Tensor, nn
 
+    from fastvideo.models.execution import Execution
+
 GUIDANCE_SCALE_UNIT = 1000.0
 """The transformer takes the guidance scale times this, embedded as a timestep is."""
 
@@ -130,19 +132,11 @@ class HunyuanVideo:
             "guidance": torch.full_like(batch.sigma, self._guidance * GUIDANCE_SCALE_UNIT),
         }
 
-    def forward(
-        self,
-        model: "nn.Module",
-        arguments: Mapping[str, "Tensor"],
-        *,
-        activation_checkpointing: bool,
-    ) -> "Tensor":
+    def attach(self, model: "nn.Module", how: "Execution") -> None:
         """Our own forward over diffusers' modules."""
         from fastvideo.models import hunyuan_forward
 
-        return hunyuan_forward.forward(
-            model, **arguments, activation_checkpointing=activation_checkpointing
-        )
+        hunyuan_forward.attach(model, how)
 
     def load_pipeline(
         self,

@@ -6,13 +6,16 @@ same parameters and arguments; written out so that attention, sequence layout an
 can be exchanged.
 
 Axes: B batch, C channels, T/Y/X latent frames, rows and columns, S tokens of the video, L tokens of
-the text, N = S + L the video and then the text, D model dimension, H heads, K head dimension.
+the text (those of this process, where it shares samples with others), N = S + L the video and then
+the text, D model dimension, H heads, K head dimension.
 """
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -22,9 +25,10 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoTransformerBlock,
 )
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from fastvideo.models import attention
+from fastvideo.models import attention, execution
+from fastvideo.models.execution import Block, Execution
+from fastvideo.models.sequence import SequenceParallel, frames_of
 
 Streams = tuple[Tensor, Tensor]
 """Tokens of the video (B, S, D) and of the text (B, L, D)."""
@@ -36,7 +40,11 @@ class Conditioning:
 
     time_BD: Tensor
     mask_B11N: Tensor
+    """Of all tokens, in the order of the processes that share them."""
     rotary: attention.Rotary
+    sizes: list[int]
+    """Number of video and text tokens of each process."""
+    sequence: SequenceParallel | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,8 @@ def forward(  # noqa: PLR0913  the inputs of the architecture
     encoder_attention_mask: Tensor,
     pooled_projections: Tensor,
     guidance: Tensor | None = None,
-    activation_checkpointing: bool = False,
+    sequence: SequenceParallel | None = None,
+    run: Block | None = None,
 ) -> Tensor:
     """Predict the flow of noised latents; the names of the inputs are those of diffusers.
 
@@ -87,7 +96,9 @@ def forward(  # noqa: PLR0913  the inputs of the architecture
         pooled_projections: (B, pooled dimension), the pooled CLIP text.
         guidance: Scale of the distilled guidance * 1000, float32 (B,), where the configuration has
             ``guidance_embeds``, and there only.
-        activation_checkpointing: Keep only the input of each block for the backward pass.
+        sequence: The processes that share these samples; all are given the same inputs and return
+            the same result.
+        run: Runs a block, `double_block` or `single_block`; by default as it is.
 
     Returns:
         (B, C, T, Y, X).
@@ -99,20 +110,26 @@ def forward(  # noqa: PLR0913  the inputs of the architecture
         timestep_B=timestep,
         text_BLD=encoder_hidden_states,
         mask_BL=encoder_attention_mask,
+        sequence=sequence,
     )
     condition = Conditioning(
         time_BD=embed_condition(
             model, timestep_B=timestep, pooled_BD=pooled_projections, guidance_B=guidance
         ),
-        mask_B11N=_joint_mask(encoder_attention_mask, num_tokens=tokens_BSD.shape[1]),
-        rotary=_rotary(model, hidden_states),
+        **_share(model, hidden_states, encoder_attention_mask, sequence),
     )
-    run: Callable[..., Streams] = _checkpointed if activation_checkpointing else _run
     for layer in model.transformer_blocks:
-        tokens_BSD, text_BLD = run(double_block, layer, tokens_BSD, text_BLD, condition)
+        tokens_BSD, text_BLD = (run or double_block)(layer, tokens_BSD, text_BLD, condition)
     for layer in model.single_transformer_blocks:
-        tokens_BSD, text_BLD = run(single_block, layer, tokens_BSD, text_BLD, condition)
-    return leave(model, tokens_BSD, condition.time_BD, shape=hidden_states.shape[2:])
+        tokens_BSD, text_BLD = (run or single_block)(layer, tokens_BSD, text_BLD, condition)
+    return leave(model, tokens_BSD, condition, shape=hidden_states.shape[2:])
+
+
+def attach(model: HunyuanVideoTransformer3DModel, how: Execution) -> None:
+    """Make calls of ``model`` and its blocks run the functions of this file."""
+    execution.attach(model.transformer_blocks, double_block, how)
+    execution.attach(model.single_transformer_blocks, single_block, how)
+    model.forward = functools.partial(forward, model, sequence=how.sequence, run=execution.call)
 
 
 def entry(
@@ -122,18 +139,61 @@ def entry(
     timestep_B: Tensor,
     text_BLD: Tensor,
     mask_BL: Tensor,
+    sequence: SequenceParallel | None = None,
 ) -> Streams:
-    """Patchify the video and refine the text, which knows the timestep and its own mean."""
+    """Patchify the video and refine the text, which knows the timestep and its own mean.
+
+    The text is short: all processes that share a sample refine all of it, and keep their part.
+    """
     refiner = model.context_embedder
     embed = refiner.time_text_embed
     weight_BL1 = mask_BL.float().unsqueeze(2)
     mean_BD = ((text_BLD * weight_BL1).sum(1) / weight_BL1.sum(1)).to(text_BLD.dtype)
     time_BD = embed_steps(embed.time_proj, embed.timestep_embedder, timestep_B)
     time_BD = time_BD + embed.text_embedder(mean_BD)
-    return (
-        model.x_embedder(latents_BCTYX),
-        refiner.token_refiner(refiner.proj_in(text_BLD), time_BD, mask_BL),
-    )
+    refined_BLD = refiner.token_refiner(refiner.proj_in(text_BLD), time_BD, mask_BL)
+    if sequence is None:
+        return model.x_embedder(latents_BCTYX), refined_BLD
+    frames, y, x = _grid(model, latents_BCTYX.shape[2:])
+    tokens = sequence.part(frames * y * x)
+    needed, ours = frames_of(tokens, per_frame=y * x)
+    step = model.config.patch_size_t
+    slab = latents_BCTYX[:, :, needed.start * step : needed.stop * step]
+    return model.x_embedder(slab)[:, ours], refined_BLD[:, sequence.part(refined_BLD.shape[1])]
+
+
+def _grid(model: HunyuanVideoTransformer3DModel, shape: torch.Size) -> tuple[int, int, int]:
+    config = model.config
+    patch = (config.patch_size_t, config.patch_size, config.patch_size)
+    t, y, x = (size // step for size, step in zip(shape, patch, strict=True))
+    return t, y, x
+
+
+def _share(
+    model: HunyuanVideoTransformer3DModel,
+    latents_BCTYX: Tensor,
+    mask_BL: Tensor,
+    sequence: SequenceParallel | None,
+) -> dict[str, Any]:
+    """Say who has which tokens, which are keys, and where ours are."""
+    t, y, x = _grid(model, latents_BCTYX.shape[2:])
+    num_video, num_text = t * y * x, mask_BL.shape[1]
+    video = sequence.parts(num_video) if sequence else [slice(0, num_video)]
+    text = sequence.parts(num_text) if sequence else [slice(0, num_text)]
+    ours = sequence.part(num_video) if sequence else slice(0, num_video)
+    rows = torch.arange(num_text, device=mask_BL.device)
+    valid_BL = rows < mask_BL.sum(1, keepdim=True, dtype=torch.int)
+    pieces = [
+        F.pad(valid_BL[:, words], (tokens.stop - tokens.start, 0), value=True)
+        for tokens, words in zip(video, text, strict=True)
+    ]
+    cos, sin = model.rope(latents_BCTYX)
+    return {
+        "mask_B11N": torch.cat(pieces, dim=1)[:, None, None],
+        "rotary": (cos[None, ours, None], sin[None, ours, None]),
+        "sizes": [piece.shape[1] for piece in pieces],
+        "sequence": sequence,
+    }
 
 
 def embed_condition(
@@ -214,10 +274,12 @@ def modulate(norm: nn.Module, x_BSD: Tensor, modulation: Modulation) -> Tensor:
 
 def joint_attention(video: Projections, text: Projections, condition: Conditioning) -> Tensor:
     """Attention of video and valid text to each other, (B, N, D); only the video has positions."""
-    attended_BNHK = attention.dense(
+    attended_BNHK = attention.shared(
         torch.cat((attention.rotate(video.q, condition.rotary), text.q), dim=1),
         torch.cat((attention.rotate(video.k, condition.rotary), text.k), dim=1),
         torch.cat((video.v, text.v), dim=1),
+        sequence=condition.sequence,
+        sizes=condition.sizes,
         mask_B11N=condition.mask_B11N,
     )
     return attended_BNHK.flatten(2, 3)
@@ -226,51 +288,22 @@ def joint_attention(video: Projections, text: Projections, condition: Conditioni
 def leave(
     model: HunyuanVideoTransformer3DModel,
     tokens_BSD: Tensor,
-    time_BD: Tensor,
+    condition: Conditioning,
     *,
     shape: torch.Size,
 ) -> Tensor:
     """Final norm and projection, back to (B, C, T, Y, X) of the latent ``shape`` (T, Y, X)."""
-    config = model.config
+    config, grid = model.config, _grid(model, shape)
     patch = (config.patch_size_t, config.patch_size, config.patch_size)
-    grid = [size // step for size, step in zip(shape, patch, strict=True)]
-    patches = model.proj_out(model.norm_out(tokens_BSD, time_BD)).unflatten(1, grid)
+    patches_BSD = model.proj_out(model.norm_out(tokens_BSD, condition.time_BD))
+    if condition.sequence is not None:
+        num_tokens = grid[0] * grid[1] * grid[2]
+        sizes = [part.stop - part.start for part in condition.sequence.parts(num_tokens)]
+        patches_BSD = condition.sequence.gather(patches_BSD, sizes=sizes)
+    patches = patches_BSD.unflatten(1, grid)
     # B t y x C pt py px -> B C (t pt) (y py) (x px)
     image: Tensor = patches.unflatten(-1, (-1, *patch)).permute(0, 4, 1, 5, 2, 6, 3, 7)
     return image.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-
-
-def _joint_mask(mask_BL: Tensor, *, num_tokens: int) -> Tensor:
-    """Say which of the N tokens are keys: all of the video and as many of the text as are valid."""
-    rows = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-    valid_BL = rows < mask_BL.sum(1, keepdim=True, dtype=torch.int)
-    return torch.nn.functional.pad(valid_BL, (num_tokens, 0), value=True)[:, None, None]
-
-
-def _rotary(model: HunyuanVideoTransformer3DModel, latents_BCTYX: Tensor) -> attention.Rotary:
-    cos, sin = model.rope(latents_BCTYX)
-    return cos[None, :, None], sin[None, :, None]
-
-
-def _run(
-    block: Callable[..., Streams],
-    layer: nn.Module,
-    tokens_BSD: Tensor,
-    text_BLD: Tensor,
-    condition: Conditioning,
-) -> Streams:
-    return block(layer, tokens_BSD, text_BLD, condition)
-
-
-def _checkpointed(
-    block: Callable[..., Streams],
-    layer: nn.Module,
-    tokens_BSD: Tensor,
-    text_BLD: Tensor,
-    condition: Conditioning,
-) -> Streams:
-    out: Streams = checkpoint(block, layer, tokens_BSD, text_BLD, condition, use_reentrant=False)
-    return out
 
 
 def _modulations(

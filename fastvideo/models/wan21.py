@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, WanTransformer3DModel
     from torch import Tensor, nn
 
+    from fastvideo.models.execution import Execution
+
 
 class Wan21:
     """The family ``wan2.1``; see ``fastvideo.models.family.Family`` for each method.
@@ -139,19 +141,11 @@ class Wan21:
             given["encoder_hidden_states_image"] = batch.images["clip_feature"]
         return given
 
-    def forward(
-        self,
-        model: "nn.Module",
-        arguments: Mapping[str, "Tensor"],
-        *,
-        activation_checkpointing: bool,
-    ) -> "Tensor":
+    def attach(self, model: "nn.Module", how: "Execution") -> None:
         """Our own forward over diffusers' modules."""
         from fastvideo.models import wan_forward
 
-        return wan_forward.forward(
-            model, **arguments, activation_checkpointing=activation_checkpointing
-        )
+        wan_forward.attach(model, how)
 
     def load_pipeline(
         self,

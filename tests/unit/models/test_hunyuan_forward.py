@@ -9,6 +9,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor
 
 from fastvideo.models import hunyuan_forward
+from fastvideo.models.execution import Execution
 from tests.gradients import gradients, relative
 
 TOLERANCE = 1e-6
@@ -65,8 +66,18 @@ def ours(model: HunyuanVideoTransformer3DModel, given: dict[str, Any]) -> Tensor
     return hunyuan_forward.forward(model, **given)
 
 
-def ours_checkpointed(model: HunyuanVideoTransformer3DModel, given: dict[str, Any]) -> Tensor:
-    return hunyuan_forward.forward(model, **given, activation_checkpointing=True)
+def ours_recomputed(model: HunyuanVideoTransformer3DModel, given: dict[str, Any]) -> Tensor:
+    hunyuan_forward.attach(model, Execution("full"))
+    output: Tensor = model(**given)
+    return output
+
+
+def ours_but_attention_recomputed(
+    model: HunyuanVideoTransformer3DModel, given: dict[str, Any]
+) -> Tensor:
+    hunyuan_forward.attach(model, Execution("selective"))
+    output: Tensor = model(**given)
+    return output
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 8, 12), (1, 1, 2, 2), (2, 5, 6, 4)])
@@ -76,7 +87,7 @@ def test_output_equals_diffusers(guidance: bool, shape: tuple[int, ...]) -> None
     assert relative(ours(model, given), theirs(model, given)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("run", [ours, ours_checkpointed])
+@pytest.mark.parametrize("run", [ours, ours_recomputed, ours_but_attention_recomputed])
 @pytest.mark.parametrize("guidance", [True, False])
 def test_gradients_equal_diffusers(guidance: bool, run: Any) -> None:
     model, given = build(guidance=guidance), inputs(guidance=guidance)

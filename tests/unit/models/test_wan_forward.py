@@ -9,6 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from fastvideo.models import wan_forward
+from fastvideo.models.execution import Execution
 from tests.gradients import gradients, relative
 
 TOLERANCE = 1e-6
@@ -72,8 +73,16 @@ def ours(model: WanTransformer3DModel, given: dict[str, Any]) -> Tensor:
     return wan_forward.forward(model, **given)
 
 
-def ours_checkpointed(model: WanTransformer3DModel, given: dict[str, Any]) -> Tensor:
-    return wan_forward.forward(model, **given, activation_checkpointing=True)
+def ours_recomputed(model: WanTransformer3DModel, given: dict[str, Any]) -> Tensor:
+    wan_forward.attach(model, Execution("full"))
+    output: Tensor = model(**given)
+    return output
+
+
+def ours_but_attention_recomputed(model: WanTransformer3DModel, given: dict[str, Any]) -> Tensor:
+    wan_forward.attach(model, Execution("selective"))
+    output: Tensor = model(**given)
+    return output
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 12), (1, 1, 2, 2), (1, 5, 6, 4)])
@@ -83,7 +92,7 @@ def test_output_equals_diffusers(kind: str, shape: tuple[int, ...]) -> None:
     assert relative(ours(model, given), theirs(model, given)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("run", [ours, ours_checkpointed])
+@pytest.mark.parametrize("run", [ours, ours_recomputed, ours_but_attention_recomputed])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_diffusers(kind: str, run: Any) -> None:
     model, given = build(kind), inputs(kind)
