@@ -102,15 +102,19 @@ def _write(
 
 
 def _write_transformer(recipe: Recipe, target: Path, *, base: Path, checkpoint: Path) -> None:
-    from fastvideo.checkpoint import load_weights
+    from fastvideo.export_weights import write_weights
 
     # Cast as loading does: some parts of a model stay float32.
-    model: Any = find_family(recipe).load_transformer(
+    model: Any = find_family(recipe).empty_transformer(
         base, folder=target.name, dtype=recipe.export.dtype
     )
-    load_weights(checkpoint, model)
-    model.save_pretrained(target, max_shard_size=int(recipe.export.max_shard_gib * 2**30))
-    _keep_config(base / target.name, target)
+    write_weights(
+        target,
+        like=model.state_dict(),
+        checkpoint=checkpoint,
+        max_bytes=int(recipe.export.max_shard_gib * 2**30),
+    )
+    _copy_config(base / target.name, target)
 
 
 def name_tokenizers(folder: Path) -> None:
@@ -126,8 +130,7 @@ def name_tokenizers(folder: Path) -> None:
     atomic.write_json(index_file, index, point="export.index")
 
 
-def _keep_config(base: Path, exported: Path) -> None:
-    """Keep the base model's own config.json, without the local path diffusers adds."""
+def _copy_config(base: Path, exported: Path) -> None:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     atomic.write_json(exported / "config.json", config, point="export.config")
 

@@ -171,8 +171,10 @@ def _load(recipe: Recipe, path: str, checkpoints: dict[str, Path]) -> "Diffusion
     transformers = {}
     for name, checkpoint in checkpoints.items():
         from fastvideo.checkpoint import load_weights
+        from fastvideo.models.weights import materialise
 
-        model: Any = family.load_transformer(folder, folder=name, dtype=spec.dtype)
+        model: Any = family.empty_transformer(folder, folder=name, dtype=spec.dtype)
+        materialise(model, "cpu")
         load_weights(checkpoint, model)
         transformers[name] = model
     return family.load_pipeline(folder, settings=settings, transformers=transformers)

@@ -24,6 +24,8 @@ from fastvideo.models.folder import loading
 from fastvideo.models.parts import refuse_missing
 
 NAME = "diffusion_pytorch_model.safetensors"
+INDEX = f"{NAME}.index.json"
+"""Of a model in several files: where each tensor is."""
 READ_BYTES = 16 * 2**20
 """The most that is read at once: what a process needs on top of the weights that it keeps."""
 MAX_HEADER_BYTES = 100_000_000
@@ -97,7 +99,7 @@ class WeightFiles:
 
     def _find(self) -> dict[str, StoredWeight]:
         directory = self.path / self.folder
-        index = directory / f"{NAME}.index.json"
+        index = directory / INDEX
         if not index.is_file():
             if not (directory / NAME).is_file():
                 raise ValueError(f"it has no {NAME}, the only format read here")
