@@ -2,11 +2,19 @@
 """The cluster: where a recipe runs. It never says what is trained."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
+from fastvideo.config.devices import DEVICES, find_device
 from fastvideo.config.spec import Spec
+
+
+def _known(name: str) -> str:
+    if find_device(name) is None:
+        known = ", ".join(device.name for device in DEVICES)
+        raise ValueError(f"{name!r} is not known; use one of {known}")
+    return name
 
 
 class Container(Spec):
@@ -37,6 +45,8 @@ class Cluster(Spec):
     """Nodes of a training job."""
     gpus_per_node: int = Field(default=0, ge=0)
     """GPUs of each node; 0 for CPU only."""
+    device: Annotated[str, AfterValidator(_known)] | None = None
+    """Model of these GPUs, for `fastvideo plan`: its memory and peak, e.g. H100-80GB."""
     cpus_per_task: PositiveInt = 4
     """CPU cores of each task."""
     memory_gib: PositiveInt | None = None
@@ -55,6 +65,14 @@ class Cluster(Spec):
     """Variables set for every job."""
     work_dir: Path | None = None
     """Folder jobs start in; empty takes the one of submission."""
+
+    @model_validator(mode="after")
+    def _device_is_of_gpus(self) -> Self:
+        if self.device is not None and self.gpus_per_node == 0:
+            raise ValueError(
+                f"device={self.device!r} has no effect with gpus_per_node=0; say how many there are"
+            )
+        return self
 
     @model_validator(mode="after")
     def _slurm_keys_need_slurm(self) -> Self:

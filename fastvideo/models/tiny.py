@@ -38,12 +38,8 @@ from transformers import (
 
 from fastvideo import atomic
 from fastvideo.models.family import quiet_libraries
+from fastvideo.models.tiny_configs import IMAGE_DIM, POOLED_DIM, TEXT_DIM, TRANSFORMERS
 from fastvideo.models.tiny_tokenizers import clip_tokenizer, llama_tokenizer, t5_tokenizer
-
-TEXT_DIM = 32
-IMAGE_DIM = 32
-POOLED_DIM = 8
-NUM_HEADS, HEAD_DIM = 4, 32
 
 
 def write_tiny(folder: Path, *, family: str = "wan2.1", task: str = "t2v", seed: int = 0) -> None:
@@ -78,7 +74,7 @@ def tiny_vae() -> AutoencoderKLWan:
 
 
 def _wan21_t2v() -> DiffusionPipeline:
-    return WanPipeline(**_wan_parts(), transformer=_wan_transformer())
+    return WanPipeline(**_wan_parts(), transformer=_wan_transformer("wan2.1", "t2v"))
 
 
 def _wan21_i2v() -> DiffusionPipeline:
@@ -86,17 +82,15 @@ def _wan21_i2v() -> DiffusionPipeline:
         **_wan_parts(),
         image_processor=CLIPImageProcessorPil(),
         image_encoder=_clip_vision(),
-        transformer=_wan_transformer(
-            in_channels=36, image_dim=IMAGE_DIM, added_kv_proj_dim=NUM_HEADS * HEAD_DIM
-        ),
+        transformer=_wan_transformer("wan2.1", "i2v"),
     )
 
 
 def _wan22_a14b_t2v() -> DiffusionPipeline:
     return WanPipeline(
         **_wan_parts(),
-        transformer=_wan_transformer(),
-        transformer_2=_wan_transformer(),
+        transformer=_wan_transformer("wan2.2-a14b", "t2v"),
+        transformer_2=_wan_transformer("wan2.2-a14b", "t2v"),
         boundary_ratio=0.875,
     )
 
@@ -105,8 +99,8 @@ def _wan22_a14b_i2v() -> DiffusionPipeline:
     """The published one has no CLIP, unlike Wan2.1's."""
     return WanImageToVideoPipeline(
         **_wan_parts(),
-        transformer=_wan_transformer(in_channels=36),
-        transformer_2=_wan_transformer(in_channels=36),
+        transformer=_wan_transformer("wan2.2-a14b", "i2v"),
+        transformer_2=_wan_transformer("wan2.2-a14b", "i2v"),
         boundary_ratio=0.9,
     )
 
@@ -115,7 +109,7 @@ def _wan22_ti2v_5b() -> DiffusionPipeline:
     """One folder for both tasks, text-to-video by its class, as published."""
     return WanPipeline(
         **_wan_parts(make_vae=_wan22_vae, flow_shift=5.0),
-        transformer=_wan_transformer(in_channels=48, out_channels=48),
+        transformer=_wan_transformer("wan2.2-ti2v-5b", "t2v"),
         expand_timesteps=True,
     )
 
@@ -129,7 +123,7 @@ def _hunyuan_t2v() -> DiffusionPipeline:
         text_encoder_2=_clip_text(),
         vae=_hunyuan_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        transformer=_hunyuan_transformer(),
+        transformer=HunyuanVideoTransformer3DModel(**TRANSFORMERS["hunyuan-video", "t2v"]),
     )
 
 
@@ -174,37 +168,8 @@ def _wan_parts(
     }
 
 
-def _wan_transformer(
-    *, in_channels: int = 16, out_channels: int = 16, **image: int
-) -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=NUM_HEADS,
-        attention_head_dim=HEAD_DIM,
-        in_channels=in_channels,
-        out_channels=out_channels,
-        text_dim=TEXT_DIM,
-        freq_dim=256,
-        ffn_dim=256,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        **image,
-    )
-
-
-def _hunyuan_transformer() -> HunyuanVideoTransformer3DModel:
-    return HunyuanVideoTransformer3DModel(
-        num_attention_heads=NUM_HEADS,
-        attention_head_dim=HEAD_DIM,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        guidance_embeds=True,
-        text_embed_dim=TEXT_DIM,
-        pooled_projection_dim=POOLED_DIM,
-        rope_axes_dim=(8, 12, 12),
-    )
+def _wan_transformer(family: str, task: str) -> WanTransformer3DModel:
+    return WanTransformer3DModel(**TRANSFORMERS[family, task])
 
 
 def _wan22_vae() -> AutoencoderKLWan:

@@ -17,7 +17,7 @@ from fastvideo import log, state
 from fastvideo.data.shard import read_texts
 from fastvideo.errors import UserError
 from fastvideo.models.family import find_family
-from fastvideo.models.tiny import TEXT_DIM
+from fastvideo.models.tiny_configs import TEXT_DIM
 from fastvideo.preprocess import preprocess
 from fastvideo.state import ShardStore
 from tests.tiny_world import Pair, digests, make_world
