@@ -10,15 +10,41 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastvideo.config.train import AdamW
+from fastvideo.errors import UserError
 
 Group = dict[str, Any]
 
 
 def build_optimizer(model: nn.Module, spec: AdamW) -> torch.optim.Optimizer:
-    """AdamW over what trains; weight decay on matrices only, never on norms, biases and tables."""
-    return torch.optim.AdamW(
-        _groups(model, spec), lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True
-    )
+    """AdamW over what trains; weight decay on matrices only, never on norms, biases and tables.
+
+    The model is where it trains, and spread over processes as it trains.
+
+    Raises:
+        UserError: apex is asked for where its kernels do not work.
+    """
+    groups = _groups(model, spec)
+    settings: dict[str, Any] = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps}
+    if spec.kind == "apex_adamw":
+        return _apex(groups, settings)
+    if spec.kind == "adamw_8bit":
+        from fastvideo.train.adamw_8bit import AdamW8bit
+
+        return AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def _apex(groups: list[Group], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if any(isinstance(p, DTensor) or p.device.type != "cuda" for p in parameters):
+        raise UserError(
+            "train.optimizer.kind=apex_adamw: takes whole weights on a GPU only; use "
+            "parallel.shard=1 without parallel.cpu_offload, or adamw"
+        )
+    from apex.optimizers import FusedAdam
+
+    optimizer: torch.optim.Optimizer = FusedAdam(groups, **settings, adam_w_mode=True)
+    return optimizer
 
 
 def _groups(model: nn.Module, spec: AdamW) -> list[Group]:
