@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastvideo.errors import UserError
 from fastvideo.log import logger
@@ -86,17 +86,75 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, *, busy: str) -> Iterator[None]:
-    """Hold the lock file ``lock``; a ``UserError`` that says ``busy`` if another process does."""
+def alone(lock: Path, *, busy: str, wait_s: float = 0.0) -> Iterator[IO[str]]:
+    """Hold the lock file ``lock``; yields the open file, which others can tell the holder by.
+
+    Args:
+        lock: The file.
+        busy: The message if another process holds it.
+        wait_s: How long to wait for what a dead process on this host left running; as long as the
+            holder itself runs there, nothing is waited for.
+
+    Raises:
+        UserError: Another process holds it.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy) from None
-        except OSError as error:  # some cluster file systems have no locks
-            logger.warning("%s: cannot be locked (%s)", lock, error.strerror)
-        yield
+    with open(lock, "a+", encoding="utf-8") as file:
+        deadline_s = time.monotonic() + wait_s
+        while not _locked(file, fcntl.LOCK_EX):
+            if _holds(file) or time.monotonic() > deadline_s:
+                raise UserError(busy)
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()}\n")
+        file.flush()
+        yield file
+
+
+def share(file: IO[str], *, busy: str) -> None:
+    """Let processes of our own hold the lock of ``alone`` too: nobody else gets it before they end.
+
+    Raises:
+        UserError: Another process got it at this moment.
+    """
+    if not _locked(file, fcntl.LOCK_SH):
+        raise UserError(busy)
+
+
+@contextlib.contextmanager
+def together(lock: Path, *, wait_s: float) -> Iterator[bool]:
+    """Hold a lock that is shared; yields False if somebody else holds it alone for ``wait_s``."""
+    with open(lock, "a+", encoding="utf-8") as file:
+        deadline_s = time.monotonic() + wait_s
+        while not (held := _locked(file, fcntl.LOCK_SH)) and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        yield held
+
+
+def _locked(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some cluster file systems have no locks
+        logger.warning("%s: cannot be locked (%s)", file.name, error.strerror)
+    return True
+
+
+def _holds(file: IO[str]) -> bool:
+    """Whether the process that wrote its name into a lock file runs on this host."""
+    file.seek(0)
+    host, _, pid = file.read().strip().partition(" ")
+    return host == socket.gethostname() and pid.isdigit() and running(int(pid))
+
+
+def running(pid: int) -> bool:
+    """Whether a process of this host is there and not merely waiting to be reaped."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def sync(path: Path) -> None:

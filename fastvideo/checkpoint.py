@@ -4,24 +4,37 @@
 import contextlib
 import os
 import shutil
+import threading
 import uuid
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fastvideo import atomic, state
-from fastvideo.errors import UserError
+from fastvideo.config.train import Checkpoints
+from fastvideo.errors import Failed, UserError
+from fastvideo.log import logger
 from fastvideo.state import TrainDir
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+"""State by the name of its parameter, so that layouts may group parameters as they like."""
+CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -32,38 +45,152 @@ class Saved:
     optimizer: torch.optim.Optimizer
 
 
-def save(directory: TrainDir, saved: Saved, *, step: int, about: Mapping[str, Any]) -> Path:
-    """Write the checkpoint after ``step``; ``about`` (plain values) goes into its marker.
+class Saver:
+    """Writes checkpoints, one at a time, while training goes on or while it waits.
 
-    Tensors go to a temporary folder, then it is renamed, then the marker is written: a kill at any
-    moment leaves the checkpoint complete or not counted.
+    All processes call the same methods in the same order.
     """
-    folder = directory.checkpoint(step)
-    temporary = atomic.temporary_name(folder)
-    directory.checkpoints.mkdir(parents=True, exist_ok=True)
-    # The run's lock is ours: what lies here without a marker is left of a kill.
-    for leftover in (*directory.checkpoints.glob(".step-*.tmp"), folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model_state, optimizer_state = get_state_dict(saved.model, saved.optimizer)
-    with _alone() as no_dist:
+
+    def __init__(
+        self, directory: TrainDir, *, spec: Checkpoints, group: dist.ProcessGroup | None
+    ) -> None:
+        """``group`` is a gloo group that nothing else uses; None in a single process."""
+        self._directory, self._spec, self._group = directory, spec, group
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, saved: Saved, *, step: int, about: Mapping[str, Any], wait: bool) -> None:
+        """Write the checkpoint after ``step``; ``about`` (plain values) goes into its marker.
+
+        Tensors go to a temporary folder, then it is renamed, then the marker is written: a kill at
+        any moment leaves the checkpoint complete or not counted.
+
+        Args:
+            saved: Copied before this returns.
+            step: Finished optimizer steps.
+            about: The same in all processes.
+            wait: Return when it is complete; else `check` or the next save tells of a failure.
+
+        Raises:
+            Failed: This one or the one before could not be written; complete ones are intact.
+        """
+        self.finish()
+        model_state, optimizer_state = get_state_dict(saved.model, saved.optimizer, options=FLAT)
+        tensors = {"model": model_state, "optimizer": optimizer_state}
+        self._begin(step)
+        if wait or not self._spec.asynchronous:
+            self._write(tensors, step, about)
+            self.check()
+            return
+        staged = _copied(tensors)
+        # A daemon: a process that ends on an error does not wait for the others in here.
+        self._thread = threading.Thread(
+            target=self._write, args=(staged, step, about), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what a checkpoint in the background failed with."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _begin(self, step: int) -> None:
+        """Make place; all processes must see it made before one writes."""
+        checkpoints, folder = self._directory.checkpoints, self._directory.checkpoint(step)
+        if _rank(self._group) == 0:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            # The run's lock is ours: what lies here without a marker is left of a kill.
+            for leftover in (*checkpoints.glob(".step-*.tmp"), folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+        if self._group is not None:
+            dist.barrier(self._group)
+
+    def _write(self, tensors: dict[str, Any], step: int, about: Mapping[str, Any]) -> None:
+        folder = self._directory.checkpoint(step)
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        try:
+            _write_files(temporary, tensors, self._group)
+            sums = _flushed(temporary, self._group)
+            if _rank(self._group) == 0:
+                _complete(temporary, folder, {**about, "step": step}, sums)
+                prune = self._spec
+                state.prune_checkpoints(
+                    self._directory, keep_last=prune.keep_last, keep_every=prune.keep_every
+                )
+                logger.info("saved %s", folder)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self._error = Failed(self._explain(folder, error))
+        except Exception as error:  # a thread's would be lost: `check` raises it
+            self._error = error
+
+    def _explain(self, folder: Path, error: BaseException) -> str:
+        found = self._directory.complete_checkpoints()
+        left = (
+            f"complete ones are intact, the newest is of step {found[-1]}"
+            if found
+            else ("there is none before it")
+        )
+        reason = str(error).strip().splitlines()
+        gib = shutil.disk_usage(self._directory.root).free / 2**30
+        return (
+            f"{folder}: cannot be saved ({reason[-1] if reason else type(error).__name__}); "
+            f"{gib:.2f} GiB are free on that disk; {left}. Free some space, or lower "
+            "train.checkpoint.keep_last, and run the same command again"
+        )
+
+
+def _write_files(temporary: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    with _warned_already():
         dcp_save(
-            {"model": model_state, "optimizer": optimizer_state},
+            tensors,
             storage_writer=FileSystemWriter(temporary, sync_files=False),
-            no_dist=no_dist,
+            process_group=group,
+            no_dist=group is None,
         )
     atomic.fault("checkpoint.write")
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    for path in files:
+
+
+def _flushed(temporary: Path, group: dist.ProcessGroup | None) -> dict[str, int]:
+    """Bring our files to the disk; the CRC-32 of all files by name, on process 0."""
+    rank = _rank(group)
+    ours = [path for path in sorted(temporary.iterdir()) if _writer(path) == rank]
+    sums = {}
+    for path in ours:
         atomic.sync(path)
+        sums[path.name] = crc32(path)
         atomic.fault("checkpoint.fsync")
+    if group is None:
+        return sums
+    gathered: list[dict[str, int]] | None = [{}] * dist.get_world_size(group) if rank == 0 else None
+    dist.gather_object(sums, gathered, group=group, group_dst=0)
+    return {name: crc for part in gathered or [] for name, crc in part.items()}
+
+
+def _writer(path: Path) -> int:
+    """The process that wrote a file: ``__3_0.distcp`` is of process 3, the metadata of 0."""
+    number = path.name.removeprefix("__").partition("_")[0]
+    return int(number) if number.isdigit() else 0
+
+
+def _complete(
+    temporary: Path, folder: Path, about: Mapping[str, Any], sums: Mapping[str, int]
+) -> None:
     atomic.sync(temporary)
     os.replace(temporary, folder)
     atomic.fault("checkpoint.rename")
-    atomic.sync(directory.checkpoints)
-    sizes = {str(path.relative_to(temporary)): _size(folder, path, temporary) for path in files}
-    marker = {**about, "id": uuid.uuid4().hex, "step": step, "files": sizes}
+    atomic.sync(folder.parent)
+    sizes = {name: (folder / name).stat().st_size for name in sums}
+    marker = {**about, "id": uuid.uuid4().hex, "files": sizes, "crc32": dict(sums)}
     atomic.write_json(state.checkpoint_marker(folder), marker, point="checkpoint.marker")
-    return folder
 
 
 def amend(folder: Path, **about: Any) -> None:
@@ -74,20 +201,65 @@ def amend(folder: Path, **about: Any) -> None:
     atomic.write_json(path, {**marker, **about}, point="checkpoint.marker")
 
 
-def load(folder: Path, saved: Saved) -> None:
-    """Read a complete checkpoint into ``saved``, bit for bit; hyper-parameters stay as they are."""
+def resume(
+    directory: TrainDir, saved: Saved, *, group: dist.ProcessGroup | None = None
+) -> dict[str, Any] | None:
+    """Load the newest checkpoint that is whole, bit for bit; hyper-parameters stay as they are.
+
+    A damaged one is told and set aside, and the one before is taken.
+
+    Returns:
+        The marker of the one that was loaded; None if there is none.
+
+    Raises:
+        UserError: All are damaged, or the newest whole one is of another model.
+    """
+    steps = _same(directory.complete_checkpoints(), group)
+    for step in reversed(steps):
+        folder = directory.checkpoint(step)
+        marker: dict[str, Any] = _same(state.read_checkpoint_marker(folder), group)
+        damaged = _damaged(folder, marker, group)
+        if not damaged:
+            load(folder, saved, group=group)
+            logger.info("continuing from %s", folder)
+            return marker
+        logger.warning("%s: %s is damaged; going back to the one before", folder, damaged[0])
+        if _rank(group) == 0:
+            state.checkpoint_marker(folder).rename(folder / "damaged.json")
+    if steps:
+        raise UserError(
+            f"{directory.checkpoints}: every checkpoint is damaged; remove the folder to start "
+            "anew, or bring back a copy"
+        )
+    return None
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with what was written; a ``UserError`` names one that differs."""
+    marker = state.read_checkpoint_marker(folder)
+    assert marker is not None
+    if damaged := _damaged(folder, marker, None):
+        raise UserError(
+            f"{folder / damaged[0]}: is damaged (its checksum differs); remove the folder to take "
+            "the checkpoint before, or bring back a copy"
+        )
+
+
+def load(folder: Path, saved: Saved, *, group: dist.ProcessGroup | None = None) -> None:
+    """Read a complete checkpoint into ``saved``, saved by any number of processes."""
     settings = [_settings(group) for group in saved.optimizer.param_groups]
-    model_state, optimizer_state = get_state_dict(saved.model, saved.optimizer)
+    model_state, optimizer_state = get_state_dict(saved.model, saved.optimizer, options=FLAT)
     wanted: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    _load(folder, wanted)
+    _load(folder, wanted, group=group)
     set_state_dict(
         saved.model,
         saved.optimizer,
         model_state_dict=wanted["model"],
         optim_state_dict=wanted["optimizer"],
+        options=FLAT,
     )
-    for group, values in zip(saved.optimizer.param_groups, settings, strict=True):
-        group.update(values)
+    for group_now, values in zip(saved.optimizer.param_groups, settings, strict=True):
+        group_now.update(values)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -97,10 +269,37 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     model.load_state_dict(wanted)
 
 
-def _load(folder: Path, wanted: dict[str, Any]) -> None:
+def crc32(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _damaged(folder: Path, marker: Mapping[str, Any], group: dist.ProcessGroup | None) -> list[str]:
+    """Files whose content is not what was written; each process looks at some of them."""
+    rank = _rank(group)
+    size = dist.get_world_size(group) if group is not None else 1
+    names = sorted(marker["crc32"])[rank::size]
+    found = [name for name in names if crc32(folder / name) != marker["crc32"][name]]
+    if group is None:
+        return found
+    gathered: list[list[str]] = [[] for _ in range(size)]
+    dist.all_gather_object(gathered, found, group=group)
+    return sorted(name for part in gathered for name in part)
+
+
+def _load(folder: Path, wanted: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     try:
-        with _alone() as no_dist:
-            dcp_load(wanted, storage_reader=FileSystemReader(folder), no_dist=no_dist)
+        with _warned_already():
+            dcp_load(
+                wanted,
+                storage_reader=FileSystemReader(folder),
+                process_group=group,
+                no_dist=group is None,
+            )
     except (CheckpointException, RuntimeError, ValueError) as error:
         raise UserError(
             f"{folder}: does not fit the model of this recipe or is damaged ({error}); choose the "
@@ -108,17 +307,33 @@ def _load(folder: Path, wanted: dict[str, Any]) -> None:
         ) from error
 
 
+def _copied(tree: Any) -> Any:
+    """Copy tensors to the host, so that training may change the originals."""
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _same(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """What process 0 sees, in all of them: file systems of a cluster may lag."""
+    if group is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, group=group, group_src=0)
+    return values[0]
+
+
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[bool]:
-    """Yield whether this is the only process; torch need not warn that it is."""
+def _warned_already() -> Iterator[None]:
+    """A single process need not be told that it is one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-        yield not torch.distributed.is_initialized()
-
-
-def _size(folder: Path, path: Path, temporary: Path) -> int:
-    return (folder / path.relative_to(temporary)).stat().st_size
+        yield

@@ -4,17 +4,22 @@
 import logging
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
 logger = logging.getLogger("fastvideo")
 
 
-def setup() -> None:
-    """Send the package's messages to stderr, one line each, with the time."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
-    logger.handlers[:] = [handler]
+def setup(*, also: Path | None = None) -> None:
+    """Send the package's messages to stderr, one line each, with the time; ``also`` to a file."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if also is not None:
+        handlers.append(logging.FileHandler(also))
+    for handler in handlers:
+        form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+        handler.setFormatter(form)
+    logger.handlers[:] = handlers
     logger.setLevel(logging.INFO)
     logger.propagate = False
     # Importing diffusers' image-to-video pipelines advises torchvision, which nothing here uses.

@@ -258,6 +258,16 @@ class TrainDir:
         return self.root / "lock"
 
     @property
+    def attempts(self) -> Path:
+        """How often training was started from the newest checkpoint."""
+        return self.root / "attempts.json"
+
+    @property
+    def launches(self) -> Path:
+        """A folder per start of several processes: their logs and how each of them ended."""
+        return self.root / "launches"
+
+    @property
     def metrics(self) -> Path:
         """A JSON object per logged step."""
         return self.root / "metrics.jsonl"
@@ -320,16 +330,19 @@ def newest_checkpoints(run_dir: RunDir, transformers: Collection[str]) -> dict[s
     return found
 
 
-def prune_checkpoints(directory: TrainDir, *, keep_last: int) -> None:
+def prune_checkpoints(directory: TrainDir, *, keep_last: int, keep_every: int | None) -> None:
     """Remove the oldest complete checkpoints, and what is left of ones that never got complete.
 
-    The marker goes first, so that half a checkpoint is not taken for a whole one.
+    The marker goes first, so that half a checkpoint is not taken for a whole one. Those of steps
+    divisible by ``keep_every`` stay.
     """
     complete = directory.complete_checkpoints()
-    for step in complete[:-keep_last]:
-        checkpoint_marker(directory.checkpoint(step)).unlink()
-        fault("checkpoint.prune")
-    kept = complete[-keep_last:]
+    stay = [step for step in complete if keep_every and step % keep_every == 0]
+    kept = sorted({*stay, *complete[-keep_last:]})
+    for step in complete:
+        if step not in kept:
+            checkpoint_marker(directory.checkpoint(step)).unlink()
+            fault("checkpoint.prune")
     for step, folder in directory.checkpoint_folders().items():
         if kept and step < kept[-1] and step not in kept:
             shutil.rmtree(folder)

@@ -51,3 +51,20 @@ def addresses(count: int) -> dict[str, str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+
+
+class Silent:
+    """A pulse that nobody feels."""
+
+    def beat(self, step: int, phase: str) -> None:
+        pass
+
+
+class NoStop:
+    """Nobody asks for a stop."""
+
+    def reason(self) -> None:
+        return None
+
+    def honour(self) -> None:
+        pass

@@ -11,6 +11,7 @@ from collections.abc import (
     Callable,
     Collection,
     Generator,
+    Hashable,
     Iterable,
     Iterator,
     Mapping,
@@ -83,6 +84,16 @@ class Samples:
         """Number of clips."""
         return len(self._entries)
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape (C, T, Y, X) of the latent of each clip."""
+        return [tuple(entry.latent.shape) for entry in self._entries]
+
+    def id(self, index: int) -> str:
+        """Name of a clip."""
+        name: str = self._entries[index].row["id"]
+        return name
+
     def __getitem__(self, index: int) -> Sample:
         """Read one clip from disk."""
         entry = self._entries[index]
@@ -124,21 +135,60 @@ class Place:
 
 
 class Order:
-    """A permutation per epoch, a function of (seed, epoch); the state is one global position."""
+    """The samples of each step, a function of (seed, step): the state is how far a run has come.
 
-    def __init__(self, num_samples: int, *, seed: int) -> None:
-        """Order ``num_samples`` samples."""
-        self._num_samples, self._seed = num_samples, seed
+    Samples of one shape form a bucket with a permutation of its own for each of its epochs. All
+    samples of a step are of one bucket, and buckets take turns as their sizes say.
+    """
+
+    def __init__(self, shapes: Sequence[Hashable], *, batch_size: int, seed: int) -> None:
+        """Order samples, whose shapes are given, in batches of ``batch_size``."""
+        members: dict[Hashable, list[int]] = {}
+        for index, shape in enumerate(shapes):
+            members.setdefault(shape, []).append(index)
+        self._buckets = [_Bucket(indices, seed=seed) for indices in members.values()]
+        self._batch_size, self._num_samples = batch_size, len(shapes)
+        self._turns: list[tuple[int, int]] = []
+        self._taken = [0] * len(self._buckets)
+
+    def batch(self, step: int) -> list[Place]:
+        """The samples of a step, counted from 0."""
+        while len(self._turns) <= step:
+            self._turns.append(self._next_turn())
+        number, turn = self._turns[step]
+        first = turn * self._batch_size
+        bucket = self._buckets[number]
+        return [bucket.place(position) for position in range(first, first + self._batch_size)]
+
+    def _next_turn(self) -> tuple[int, int]:
+        """The bucket that lags most behind its share, and how many batches it gave before."""
+        steps = len(self._turns) + 1
+        lags = [
+            len(bucket) * steps - taken * self._num_samples
+            for bucket, taken in zip(self._buckets, self._taken, strict=True)
+        ]
+        number = lags.index(max(lags))
+        self._taken[number] += 1
+        return number, self._taken[number] - 1
+
+
+class _Bucket:
+    """Samples of one shape in an endless order."""
+
+    def __init__(self, indices: list[int], *, seed: int) -> None:
+        self._indices, self._seed = indices, seed
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
-    def __getitem__(self, position: int) -> Place:
-        """Place of the sample at a global position, counted from 0 over all epochs."""
-        epoch, within = divmod(position, self._num_samples)
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def place(self, position: int) -> Place:
+        epoch, within = divmod(position, len(self._indices))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(hashing.seed_of(self._seed, "order", epoch))
-            self._permutation = torch.randperm(self._num_samples, generator=generator)
+            self._permutation = torch.randperm(len(self._indices), generator=generator)
             self._epoch = epoch
-        return Place(epoch, int(self._permutation[within]))
+        return Place(epoch, self._indices[int(self._permutation[within])])
 
 
 def read_ahead(

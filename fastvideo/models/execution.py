@@ -47,7 +47,7 @@ def attach(layers: Iterable[nn.Module], block: Block, execution: Execution) -> N
     if execution.compile:
         run = torch.compile(run)
     for layer in layers:
-        layer.forward = functools.partial(run, layer)  # type: ignore[method-assign]
+        layer.forward = functools.partial(run, layer)
 
 
 def call(layer: nn.Module, *arguments: Any) -> Any:

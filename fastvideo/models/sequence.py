@@ -50,7 +50,8 @@ class SequenceParallel:
         received = self._exchange(
             sent_nSBhK.flatten(0, 1).flatten(1), sent=[ours] * self._size, received=sizes
         )
-        return received.unflatten(1, (batch, heads // self._size, -1)).transpose(0, 1)
+        x_NBhK: Tensor = received.unflatten(1, (batch, heads // self._size, -1))
+        return x_NBhK.transpose(0, 1)
 
     def to_tokens(self, x_BNhK: Tensor, *, sizes: list[int]) -> Tensor:
         """Undo `to_heads`: (B, S, H, K)."""
@@ -59,8 +60,10 @@ class SequenceParallel:
         received = self._exchange(
             x_BNhK.transpose(0, 1).flatten(1), sent=sizes, received=[ours] * self._size
         )
-        x_nSBhK = received.unflatten(1, (batch, heads, -1)).unflatten(0, (self._size, ours))
-        return x_nSBhK.permute(2, 1, 0, 3, 4).flatten(2, 3)
+        rows: Tensor = received.unflatten(1, (batch, heads, -1))
+        x_nSBhK = rows.unflatten(0, (self._size, ours))
+        x_BSHK: Tensor = x_nSBhK.permute(2, 1, 0, 3, 4).flatten(2, 3)
+        return x_BSHK
 
     def gather(self, x_BSD: Tensor, *, sizes: list[int]) -> Tensor:
         """All tokens (B, N, D), on every process.

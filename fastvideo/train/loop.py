@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one training loop: steps, held-out loss, records, checkpoints and stops."""
+"""The one training loop: steps, held-out loss, records, checkpoints and stops.
 
+Every process runs it in step; what is written once, process 0 writes.
+"""
+
+import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastvideo import checkpoint, state
-from fastvideo.checkpoint import Saved
+from fastvideo import checkpoint
+from fastvideo.checkpoint import Saved, Saver
 from fastvideo.config.train import Train
-from fastvideo.data.loader import Order, read_ahead
+from fastvideo.cost.devices import find_device
+from fastvideo.data.loader import Order, Place, read_ahead
 from fastvideo.errors import Stopped
 from fastvideo.log import Progress, logger
 from fastvideo.models.family import Batch
@@ -23,11 +28,16 @@ from fastvideo.models.flow import loss_weight
 from fastvideo.state import TrainDir
 from fastvideo.train.draw import Draw, Drawn, collate
 from fastvideo.train.metrics import Metrics, peak_memory_gib
+from fastvideo.train.optimizer import clip_grad_norm
+from fastvideo.train.parallel import Runner, Team
+from fastvideo.train.profile import Profiler
 from fastvideo.train.schedule import learning_rate_factor
-from fastvideo.train.stop import StopRequest
+from fastvideo.train.stopwatch import Stopwatch
+from fastvideo.train.throughput import Work, rates
+from fastvideo.train.watch import LossWatch
 
-Losses = Callable[[nn.Module, Batch], Tensor]
-"""(model, batch) to the loss of each sample, not weighted, float32 (B,)."""
+Losses = Callable[[Batch], Tensor]
+"""A batch to the loss of each sample, not weighted, float32 (B,)."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +46,12 @@ class Job:
 
     train: Train
     directory: TrainDir
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    team: Team
+    saved: Saved
+    runner: Runner
     losses: Losses
     draw: Draw
     heldout: Draw
-    device: str
-    stop: StopRequest
-    about: dict[str, Any]
-    """Goes into the marker of each checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class Progressed:
     """Of the steps since the last record."""
     measured: bool
     """Whether the held-out loss that is due at this step was measured."""
+    watch: Mapping[str, Any] | None
+    """What `LossWatch` remembers."""
 
 
 @dataclass
@@ -67,179 +76,308 @@ class Window:
     grad_norm: float = 0.0
     steps: int = 0
     """Steps this process did, which the times below are for."""
-    wait_s: float = 0.0
     start_s: float = field(default_factory=time.perf_counter)
 
 
-def run(job: Job, *, start: Progressed) -> None:
+def run(job: Job, *, start: Progressed, work: Work, about: Mapping[str, Any]) -> None:
     """Train from ``start`` to the last step.
+
+    Args:
+        job: What to work with.
+        start: How far earlier processes came.
+        work: What a step computes, for the rates.
+        about: Goes into the marker of each checkpoint.
 
     Raises:
         Stopped: A stop was asked for; the state is saved.
-        RuntimeError: The loss or the gradient is not finite.
+        Failed: Losses are not finite, or the state cannot be saved.
     """
-    train = job.train
-    places = _places(job, start.step)
-    ahead = 2 * train.global_batch_size
-    drawn = read_ahead(job.draw.training, places, threads=train.loader_workers, ahead=ahead)
-    window = Window(losses=list(start.losses))
-    with (
-        closing(Metrics(job.directory, start_step=start.step)) as metrics,
-        closing(Progress("steps", total=train.steps, done=start.step)) as progress,
-        closing(drawn),
-    ):
-        measured = start.measured or _measure_heldout(job, start.step, metrics)
-        if start.step > 0 and measured and not start.measured:
-            checkpoint.amend(job.directory.checkpoint(start.step), measured=True)
-        _check_stop(job, Progressed(start.step, start.losses, measured), saved=True)
-        for step in range(start.step + 1, train.steps + 1):
-            _one_step(job, step, drawn, window)
-            progress.advance(_describe(job, window))
-            if step % train.log_every_steps == 0 or step == train.steps:
-                _record(job, step, metrics, window)
-                window = Window()
-            measured = _measure_heldout(job, step, metrics)
-            now = Progressed(step, tuple(window.losses), measured)
-            due = step % train.checkpoint.every_steps == 0 or step == train.steps
-            if due:
-                _save(job, now)
-            _check_stop(job, now, saved=due)
+    with contextlib.ExitStack() as stack:
+        Loop(job, start, work, about, stack).run(start)
 
 
-def _places(job: Job, start_step: int) -> Iterator[Any]:
-    order = Order(len(job.draw.samples), seed=job.train.seed)
-    batch = job.train.global_batch_size
-    return (order[p] for p in range(start_step * batch, job.train.steps * batch))
+class Loop:
+    """The state of a run in this process."""
 
-
-def _one_step(job: Job, step: int, drawn: Iterator[Drawn], window: Window) -> None:
-    train = job.train
-    factor = learning_rate_factor(step - 1, train.schedule, steps=train.steps)
-    for group in job.optimizer.param_groups:
-        group["lr"] = train.optimizer.lr * factor
-    micro = train.micro_batch_size or train.global_batch_size
-    total = torch.zeros((), device=job.device)
-    for _ in range(train.global_batch_size // micro):
-        waiting_s = time.perf_counter()
-        batch = collate(list(itertools.islice(drawn, micro)), device=job.device)
-        window.wait_s += time.perf_counter() - waiting_s
-        weight_B = loss_weight(batch.sigma, train.timesteps)
-        loss = (weight_B * _losses(job, batch)).sum() / train.global_batch_size
-        loss.backward()
-        total += loss.detach()
-    trained = (p for p in job.model.parameters() if p.requires_grad)
-    norm = torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
-    window.grad_norm = float(norm)
-    window.losses.append(float(total))
-    window.steps += 1
-    if not math.isfinite(window.grad_norm) or not math.isfinite(window.losses[-1]):
-        raise RuntimeError(
-            f"step {step}: loss {window.losses[-1]}, gradient norm {window.grad_norm}: not finite; "
-            "the last checkpoint is intact. Lower train.optimizer.lr or use train.dtype=float32"
+    def __init__(
+        self,
+        job: Job,
+        start: Progressed,
+        work: Work,
+        about: Mapping[str, Any],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        """Open what has to be closed on ``stack``; the others are as in `run`."""
+        self._job, self._work, self._about = job, work, about
+        train, team = job.train, job.team
+        spec = train.watch
+        self._watch = LossWatch.from_state(spec, start.watch) if start.watch else LossWatch(spec)
+        self._stopwatch = Stopwatch(team.device)
+        self._order = Order(
+            job.draw.samples.shapes, batch_size=train.global_batch_size, seed=train.seed
         )
-    job.optimizer.step()
-    job.optimizer.zero_grad()
+        drawn = read_ahead(
+            job.draw.training,
+            self._our_places(start.step),
+            threads=train.loader_workers,
+            ahead=2 * train.global_batch_size // team.layout.data,
+        )
+        self._drawn: Iterator[Drawn] = stack.enter_context(closing(drawn))
+        self._saver = Saver(job.directory, spec=train.checkpoint, group=team.saving)
+        self._metrics = self._progress = None
+        if team.leads:
+            metrics = Metrics(job.directory, start_step=start.step, train=train)
+            self._metrics = stack.enter_context(closing(metrics))
+            progress = Progress("steps", total=train.steps, done=start.step)
+            self._progress = stack.enter_context(closing(progress))
+        self._profiler = stack.enter_context(
+            Profiler(
+                train.profile,
+                job.directory.root / "profile",
+                rank=team.process.rank,
+                start_step=start.step,
+            )
+        )
+        self._window = Window(losses=list(start.losses))
+        self._saved_s = time.monotonic()
 
+    def run(self, start: Progressed) -> None:
+        """Measure, check for stops, and step."""
+        job, train = self._job, self._job.train
+        measured = start.measured or self._measure_heldout(start.step)
+        if start.step > 0 and measured and not start.measured and job.team.leads:
+            checkpoint.amend(job.directory.checkpoint(start.step), measured=True)
+        self._check_stop(start.step, measured=measured, saved=True)
+        for step in range(start.step + 1, train.steps + 1):
+            self._one_step(step)
+            self._record(step)
+            measured = self._measure_heldout(step)
+            saved = self._save_if_due(step, measured=measured)
+            self._check_stop(step, measured=measured, saved=saved)
+            self._profiler.step()
+        self._saver.finish()
 
-def _losses(job: Job, batch: Batch) -> Tensor:
-    with _autocast(job):
-        return job.losses(job.model, batch)
+    def _our_places(self, start_step: int) -> Iterator[Place]:
+        for step in range(start_step, self._job.train.steps):
+            yield from self._job.team.share(self._order.batch(step))
 
+    def _beat(self, step: int, phase: str) -> None:
+        self._job.team.process.pulse.beat(step, phase)
 
-def _autocast(job: Job) -> AbstractContextManager[None]:
-    if job.train.dtype == "float32":
-        return nullcontext()
-    return torch.autocast(job.device, dtype=getattr(torch, job.train.dtype))
+    # ------------------------------------------------------------ a step
 
+    def _one_step(self, step: int) -> None:
+        job, train = self._job, self._job.train
+        factor = learning_rate_factor(step - 1, train.schedule, steps=train.steps)
+        for group in job.saved.optimizer.param_groups:
+            group["lr"] = train.optimizer.lr * factor
+        loss = float(job.team.total(self._gradients(step)))
+        self._beat(step, "optimizer")
+        with self._stopwatch.phase("optimizer"):
+            parameters = [p for p in job.saved.model.parameters() if p.requires_grad]
+            norm = float(clip_grad_norm(parameters, train.max_grad_norm))
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite:
+                job.saved.optimizer.step()
+            job.saved.optimizer.zero_grad()
+        self._tell(step, loss, norm, finite=finite)
 
-def _describe(job: Job, window: Window) -> str:
-    seconds = time.perf_counter() - window.start_s
-    return (
-        f"loss {window.losses[-1]:.4f} grad {window.grad_norm:.3f} "
-        f"{window.steps * job.train.global_batch_size / max(seconds, 1e-9):.1f} samples/s "
-        f"wait {100 * window.wait_s / max(seconds, 1e-9):.0f} % "
-        f"{peak_memory_gib(job.device):.2f} GiB"
-    )
+    def _gradients(self, step: int) -> Tensor:
+        """Leave the gradients of a step in the parameters; our share of its loss, ()."""
+        job, train = self._job, self._job.train
+        share = train.global_batch_size // job.team.layout.data
+        micro = min(train.micro_batch_size or share, share)
+        total = torch.zeros((), device=job.team.device)
+        for first in range(0, share, micro):
+            self._beat(step, "data")
+            with self._stopwatch.phase("data"):
+                drawn = list(itertools.islice(self._drawn, micro))
+                batch = collate(drawn, device=job.team.device)
+            with job.runner.micro_batch(last=first + micro >= share):
+                self._beat(step, "forward")
+                with self._stopwatch.phase("forward"):
+                    weight_B = loss_weight(batch.sigma, train.timesteps)
+                    loss = (weight_B * self._losses(batch)).sum() / train.global_batch_size
+                self._beat(step, "backward")
+                with self._stopwatch.phase("backward"):
+                    loss.backward()
+            total += loss.detach()
+        with self._stopwatch.phase("backward"):
+            job.runner.finish()
+        return total
 
+    def _losses(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            return self._job.losses(batch)
 
-def _record(job: Job, step: int, metrics: Metrics, window: Window) -> None:
-    train = job.train
-    seconds = time.perf_counter() - window.start_s
-    samples = step * train.global_batch_size
-    metrics.write(
-        step,
-        {
-            "samples": samples,
-            "epoch": samples / len(job.draw.samples),
-            "loss": sum(window.losses) / len(window.losses),
-            "grad_norm": window.grad_norm,
-            "lr": job.optimizer.param_groups[0]["lr"],
-            "samples_per_s": window.steps * train.global_batch_size / seconds,
-            "data_wait_share": window.wait_s / seconds,
-            "memory_gib": peak_memory_gib(job.device),
-        },
-    )
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = self._job.train.dtype
+        if dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self._job.team.device, dtype=getattr(torch, dtype))
 
+    def _tell(self, step: int, loss: float, norm: float, *, finite: bool) -> None:
+        """Remember a step's numbers and warn of strange ones."""
+        places = self._order.batch(step - 1)
+        clips = [self._job.draw.samples.id(place.index) for place in places]
+        if finite:
+            self._window.losses.append(loss)
+            warnings = self._watch.look(step, loss, norm, clips)
+        else:
+            warnings = [self._watch.skipped(step, loss, norm, clips)]
+        self._window.grad_norm = norm
+        self._window.steps += 1
+        if self._progress is not None:
+            for warning in warnings:
+                logger.warning("%s", warning)
+            self._progress.advance(self._describe(loss))
 
-@torch.no_grad()
-def _measure_heldout(job: Job, step: int, metrics: Metrics) -> bool:
-    """Mean loss over held-out clips at fixed quantiles of the noise levels, with fixed noise.
+    # ------------------------------------------------------------ records
 
-    Returns:
-        False if a stop was asked for before it was finished.
-    """
-    spec = job.train.heldout
-    clips = min(len(job.heldout.samples), spec.max_clips)
-    due = spec.every_steps and (step % spec.every_steps == 0 or step == job.train.steps)
-    if not due or clips == 0:
+    def _describe(self, loss: float) -> str:
+        window, train = self._window, self._job.train
+        seconds = max(time.perf_counter() - window.start_s, 1e-9)
+        return (
+            f"loss {loss:.4f} grad {window.grad_norm:.3f} "
+            f"{window.steps * train.global_batch_size / seconds:.1f} samples/s "
+            f"{peak_memory_gib(self._job.team.device):.2f} GiB"
+        )
+
+    def _record(self, step: int) -> None:
+        train, window = self._job.train, self._window
+        if step % train.log_every_steps and step != train.steps:
+            return
+        (memory_gib,) = self._job.team.largest(peak_memory_gib(self._job.team.device))
+        phases = self._stopwatch.take()
+        seconds = time.perf_counter() - window.start_s
+        self._window = Window()
+        if self._metrics is None:
+            return
+        samples = step * train.global_batch_size
+        wait_share = phases.get("data", 0.0) / seconds
+        if warning := self._watch.starved(wait_share):
+            logger.warning("%s", warning)
+        mean = sum(window.losses) / len(window.losses) if window.losses else math.nan
+        device = find_device(self._work.device_name)
+        self._metrics.write(
+            step,
+            {
+                "samples": samples,
+                "tokens": samples * self._work.tokens_per_sample,
+                "epoch": samples / len(self._job.draw.samples),
+                "loss": mean,
+                "grad_norm": window.grad_norm,
+                "lr": self._job.saved.optimizer.param_groups[0]["lr"],
+                "skipped_steps": self._watch.skipped_steps,
+                "step_s": seconds / max(window.steps, 1),
+                **{f"{name}_s": spent / max(window.steps, 1) for name, spent in phases.items()},
+                **rates(self._work, steps=window.steps, seconds=seconds, device=device),
+                "data_wait_share": wait_share,
+                "memory_gib": memory_gib,
+            },
+        )
+
+    @torch.no_grad()
+    def _measure_heldout(self, step: int) -> bool:
+        """Mean loss over held-out clips at fixed quantiles of the noise levels, with fixed noise.
+
+        Returns:
+            False if a stop was asked for before it was finished.
+        """
+        job, spec = self._job, self._job.train.heldout
+        clips = min(len(job.heldout.samples), spec.max_clips)
+        due = spec.every_steps and (step % spec.every_steps == 0 or step == job.train.steps)
+        if not due or clips == 0:
+            return True
+        job.saved.model.eval()
+        with self._stopwatch.phase("heldout"):
+            totals = self._heldout_totals(step, clips)
+        job.saved.model.train()
+        if totals is None:
+            return False
+        by_quantile = [total / clips for total in totals]
+        mean = sum(by_quantile) / len(by_quantile)
+        if self._metrics is not None:
+            samples = step * job.train.global_batch_size
+            self._metrics.write(
+                step,
+                {
+                    "samples": samples,
+                    "tokens": samples * self._work.tokens_per_sample,
+                    "heldout_loss": mean,
+                    "heldout_loss_by_quantile": by_quantile,
+                },
+            )
+            logger.info("step %d: held-out loss %.4f over %d clips", step, mean, clips)
         return True
-    job.model.eval()
-    quantiles = [(i + 0.5) / spec.num_timesteps for i in range(spec.num_timesteps)]
-    totals = [0.0] * len(quantiles)
-    for index, (place, quantile) in itertools.product(range(clips), enumerate(quantiles)):
-        if job.stop.reason() is not None:
-            break
-        batch = collate([job.heldout.heldout(index, quantile=quantile)], device=job.device)
-        totals[place] += float(_losses(job, batch))
-    job.model.train()
-    if job.stop.reason() is not None:
-        return False
-    by_quantile = [total / clips for total in totals]
-    mean = sum(by_quantile) / len(by_quantile)
-    metrics.write(step, {"heldout_loss": mean, "heldout_loss_by_quantile": by_quantile})
-    logger.info("step %d: held-out loss %.4f over %d clips", step, mean, clips)
-    return True
 
+    def _heldout_totals(self, step: int, clips: int) -> list[float] | None:
+        """Sum of the losses at each quantile over all processes; None if a stop was asked for."""
+        job, count = self._job, self._job.train.heldout.num_timesteps
+        groups, ours = job.team.layout.data, job.team.process.rank // job.team.layout.sequence
+        items = list(itertools.product(range(clips), range(count)))
+        totals = torch.zeros(count, dtype=torch.float64)
+        for first in range(0, len(items), groups):
+            self._beat(step, "heldout")
+            if any(job.team.any(job.team.process.stop.reason() is not None)):
+                return None
+            # All take part in each pass: one for which nothing is left repeats the last item.
+            clip, place = items[min(first + ours, len(items) - 1)]
+            drawn = job.heldout.heldout(clip, quantile=(place + 0.5) / count)
+            loss = float(self._losses(collate([drawn], device=job.team.device)))
+            if first + ours < len(items):
+                totals[place] += loss
+        summed: list[float] = job.team.total(totals.to(job.team.device)).tolist()
+        return summed
 
-def _save(job: Job, now: Progressed) -> None:
-    clips = {"train": len(job.draw.samples), "heldout": len(job.heldout.samples)}
-    about = {
-        "about": job.about,
-        "clips": clips,
-        "samples": now.step * job.train.global_batch_size,
-        "losses": now.losses,
-        "measured": now.measured,
-    }
-    saved = Saved(job.model, job.optimizer)
-    folder = checkpoint.save(job.directory, saved, step=now.step, about=about)
-    state.prune_checkpoints(job.directory, keep_last=job.train.checkpoint.keep_last)
-    logger.info("saved %s", folder)
+    # ------------------------------------------------------------ checkpoints and stops
 
+    def _save_if_due(self, step: int, *, measured: bool) -> bool:
+        """Save where steps or minutes say so; whether it was done."""
+        self._saver.check()
+        spec = self._job.train.checkpoint
+        last = step == self._job.train.steps
+        minutes = (time.monotonic() - self._saved_s) / 60
+        late = spec.every_minutes is not None and minutes >= spec.every_minutes
+        (late,) = self._job.team.any(late)
+        if not (last or late or step % spec.every_steps == 0):
+            return False
+        self._save(step, measured=measured, wait=last)
+        return True
 
-def _check_stop(job: Job, now: Progressed, *, saved: bool) -> None:
-    """Save, unless ``saved``, and end if a stop was asked for.
+    def _save(self, step: int, *, measured: bool, wait: bool) -> None:
+        job = self._job
+        clips = {"train": len(job.draw.samples), "heldout": len(job.heldout.samples)}
+        about = {
+            "about": dict(self._about),
+            "clips": clips,
+            "samples": step * job.train.global_batch_size,
+            "losses": tuple(self._window.losses),
+            "measured": measured,
+            "watch": self._watch.state(),
+            "processes": job.team.process.count,
+        }
+        self._beat(step, "save")
+        with self._stopwatch.phase("save"):
+            self._saver.save(job.saved, step=step, about=about, wait=wait)
+        self._saved_s = time.monotonic()
 
-    After the last step there is nothing left to stop, before the first one nothing to save.
-    """
-    reason = job.stop.reason()
-    if reason is None:
-        return
-    job.stop.honour()
-    if now.step == job.train.steps and now.measured:
-        return
-    if not saved:
-        _save(job, now)
-    raise Stopped(
-        f"stopped by {reason} after step {now.step} of {job.train.steps} of "
-        f"{job.directory.root.name}; the same command continues"
-    )
+    def _check_stop(self, step: int, *, measured: bool, saved: bool) -> None:
+        """Save, unless ``saved``, and end if a stop was asked for.
+
+        After the last step there is nothing left to stop, before the first one nothing to save.
+        """
+        job, stop = self._job, self._job.team.process.stop
+        reason = stop.reason()
+        if not any(job.team.any(reason is not None)):
+            return
+        stop.honour()
+        if step == job.train.steps and measured:
+            return
+        if not saved:
+            self._save(step, measured=measured, wait=True)
+        self._saver.finish()
+        raise Stopped(
+            f"stopped by {reason or 'another process'} after step {step} of {job.train.steps} of "
+            f"{job.directory.root.name}; the same command continues"
+        )

@@ -2,18 +2,22 @@
 """One training process: builds model, data and optimizer, resumes, and runs the loop."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvideo import checkpoint, state
+from fastvideo import checkpoint
 from fastvideo.config.recipe import Recipe
+from fastvideo.cost import flops, layout
 from fastvideo.data.loader import Samples
 from fastvideo.data.shard import read_empty_prompt
 from fastvideo.errors import UserError
 from fastvideo.log import logger
+from fastvideo.models import weights
+from fastvideo.models.execution import Execution
 from fastvideo.models.family import (
     Batch,
     Family,
@@ -23,12 +27,15 @@ from fastvideo.models.family import (
     pick_device,
 )
 from fastvideo.models.flow import loss_per_sample
-from fastvideo.models.folder import find_model
-from fastvideo.state import RunDir, ShardStore
-from fastvideo.train import loop
+from fastvideo.models.folder import find_model, read_config
+from fastvideo.state import RunDir, ShardStore, TrainDir
+from fastvideo.train import loop, parallel
 from fastvideo.train.draw import Draw
-from fastvideo.train.method import build_method, build_optimizer
-from fastvideo.train.stop import StopRequest
+from fastvideo.train.method import build_method
+from fastvideo.train.optimizer import build_optimizer
+from fastvideo.train.parallel import Runner, Team
+from fastvideo.train.process import Process
+from fastvideo.train.throughput import Work
 
 
 def train(
@@ -37,9 +44,9 @@ def train(
     transformer: str,
     plan: Mapping[str, Any],
     about: Mapping[str, Any],
-    stop: StopRequest,
+    process: Process,
 ) -> None:
-    """Train one transformer of the model from its newest complete checkpoint.
+    """Train one transformer of the model from its newest whole checkpoint.
 
     Args:
         recipe: Checked against ``plan``.
@@ -47,10 +54,11 @@ def train(
         plan: The plan of complete shards.
         about: ``shift`` and ``interval`` of the noise levels, and what else each checkpoint is to
             say of itself.
-        stop: Watched between steps.
+        process: This one among those that train together.
 
     Raises:
         Stopped: A stop was asked for; the state is saved.
+        Failed: The machine gave up: a full disk, numbers that are not finite.
         UserError: Something about the input, said with the fix.
     """
     if recipe.train.deterministic:
@@ -58,54 +66,97 @@ def train(
         torch.use_deterministic_algorithms(True)
     device = pick_device(recipe.train.device)
     path = find_model(recipe.model.path)
-    family = find_family(recipe)
-    draw, heldout = _draws(recipe, plan, columns=family.columns(path), about=about)
-    if len(draw.samples) == 0:
-        raise UserError(f"{recipe.shards.path}: holds no clips to train on, only held-out ones")
+    config = read_config(path, f"{transformer}/config.json")
+    chosen = layout.choose(
+        recipe, config, processes=process.count, memory_gib=_memory_gib(device, process)
+    )
+    alone = not parallel.is_spread(recipe.parallel, chosen)
+    hang_s = recipe.train.watch.hang_minutes * 60
+    with parallel.joined(process, chosen, device=device, hang_s=hang_s, alone=alone) as team:
+        if team.leads and process.count > 1:
+            logger.info("%d processes, %s", process.count, _describe(chosen))
+        draws = _draws(recipe, plan, columns=find_family(recipe).columns(path), about=about)
+        if len(draws[0].samples) == 0:
+            raise UserError(f"{recipe.shards.path}: holds no clips to train on, only held-out ones")
+        job, start = _job(recipe, path, transformer=transformer, team=team, draws=draws)
+        work = _work(recipe, config, team)
+        loop.run(job, start=start, work=work, about=about)
 
-    model = family.load_transformer(path, folder=transformer)
-    assert isinstance(model, nn.Module)
-    build_method(recipe.train.method).prepare(model)
-    model.to(device).train()
-    optimizer = build_optimizer(model, recipe.train.optimizer)
+
+def _memory_gib(device: str, process: Process) -> float | None:
+    if device == "cpu":
+        return None
+    return torch.cuda.get_device_properties(process.local_rank).total_memory / 2**30
+
+
+def _describe(chosen: layout.Layout) -> str:
+    return (
+        f"{chosen.replicate} x {chosen.shard} (replicate x shard), {chosen.sequence} share a "
+        f"sample: {chosen.reason}"
+    )
+
+
+def _job(
+    recipe: Recipe, path: Path, *, transformer: str, team: Team, draws: tuple[Draw, Draw]
+) -> tuple[loop.Job, loop.Progressed]:
+    """Build what the loop works with; the weights come from a checkpoint or the base model."""
+    train, family = recipe.train, find_family(recipe)
+    model: nn.Module = family.empty_transformer(path, folder=transformer)
+    build_method(train.method).prepare(model)
+    recompute = train.activation_checkpointing
+    family.attach(model, Execution(recompute, train.compile, team.sequence))
+    parallel.place(model, team, recipe.parallel, dtype=getattr(torch, train.dtype))
+    model.train()
+    saved = checkpoint.Saved(model, build_optimizer(model, train.optimizer))
     directory = RunDir(recipe.run_dir).training(transformer)
-    progress = _resume(directory, checkpoint.Saved(model, optimizer))
+    start = _resume(directory, saved, team)
+    if start.step == 0:
+        weights.load_weights(model, weights.WeightFiles(path, folder=transformer))
+    runner = Runner(model, team, recipe.parallel)
+    if team.leads:
+        _tell(recipe, transformer, saved, draws, start)
+    job = loop.Job(
+        train=train,
+        directory=directory,
+        team=team,
+        saved=saved,
+        runner=runner,
+        losses=losses_of(family, runner),
+        draw=draws[0],
+        heldout=draws[1],
+    )
+    return job, start
+
+
+def _tell(
+    recipe: Recipe,
+    transformer: str,
+    saved: checkpoint.Saved,
+    draws: tuple[Draw, Draw],
+    start: loop.Progressed,
+) -> None:
+    training, heldout = draws
     logger.info(
         "%s: %.2f M parameters on %s, %d clips, %d held out, from step %d to %d",
         transformer,
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        device,
-        len(draw.samples),
+        sum(p.numel() for p in saved.model.parameters()) / 1e6,
+        pick_device(recipe.train.device),
+        len(training.samples),
         len(heldout.samples),
-        progress.step,
+        start.step,
         recipe.train.steps,
     )
-    job = loop.Job(
-        train=recipe.train,
-        directory=directory,
-        model=model,
-        optimizer=optimizer,
-        losses=_losses(recipe, family),
-        draw=draw,
-        heldout=heldout,
-        device=device,
-        stop=stop,
-        about=dict(about),
-    )
-    loop.run(job, start=progress)
 
 
-def _losses(recipe: Recipe, family: Family) -> loop.Losses:
-    checkpointing = recipe.train.activation_checkpointing == "full"
+def losses_of(family: Family, predict: Callable[[Mapping[str, Tensor]], Tensor]) -> loop.Losses:
+    """Compare what is predicted with the flow that the samples were noised with."""
 
-    def losses(model: nn.Module, batch: Batch) -> Tensor:
-        prediction_BCTYX = family.forward(
-            model,
-            family.arguments(batch),
-            activation_checkpointing=checkpointing and torch.is_grad_enabled(),
-        )
+    def losses(batch: Batch) -> Tensor:
         return loss_per_sample(
-            prediction_BCTYX, batch.latents, batch.noise, clean_frames=family.clean_frames
+            predict(family.arguments(batch)),
+            batch.latents,
+            batch.noise,
+            clean_frames=family.clean_frames,
         )
 
     return losses
@@ -134,14 +185,25 @@ def _draws(
     return training, heldout
 
 
-def _resume(directory: state.TrainDir, saved: checkpoint.Saved) -> loop.Progressed:
-    """Load the newest complete checkpoint and say how far the run has come."""
-    steps = directory.complete_checkpoints()
-    if not steps:
-        return loop.Progressed(step=0, losses=(), measured=False)
-    folder = directory.checkpoint(steps[-1])
-    marker = state.read_checkpoint_marker(folder)
-    assert marker is not None
-    checkpoint.load(folder, saved)
-    logger.info("continuing from %s", folder)
-    return loop.Progressed(steps[-1], tuple(marker["losses"]), marker["measured"])
+def _work(recipe: Recipe, config: Mapping[str, Any], team: Team) -> Work:
+    """What a step computes, for the rates in the metrics."""
+    needed = flops.training_flops(recipe, config)
+    return Work(
+        samples_per_step=recipe.train.global_batch_size,
+        tokens_per_sample=flops.tokens_per_sample(recipe, config),
+        flops_per_sample=needed.dense_equivalent,
+        actual_flops_per_sample=needed.actual,
+        processes=team.process.count,
+        device_name=torch.cuda.get_device_name() if team.device == "cuda" else "cpu",
+        dtype=recipe.train.dtype,
+    )
+
+
+def _resume(directory: TrainDir, saved: checkpoint.Saved, team: Team) -> loop.Progressed:
+    """Load the newest whole checkpoint and say how far the run has come."""
+    marker = checkpoint.resume(directory, saved, group=team.saving)
+    if marker is None:
+        return loop.Progressed(step=0, losses=(), measured=False, watch=None)
+    return loop.Progressed(
+        marker["step"], tuple(marker["losses"]), marker["measured"], marker["watch"]
+    )

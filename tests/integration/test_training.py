@@ -154,14 +154,14 @@ def test_a_stop_during_the_held_out_loss_is_measured_on_the_next_start(
 ) -> None:
     expected = run(world, tmp_path / "undisturbed")
     stopped = tmp_path / "stopped"
-    measure = loop._measure_heldout
+    measure = loop.Loop._measure_heldout
 
-    def interrupt(job: loop.Job, step: int, metrics: Any) -> bool:
+    def interrupt(self: loop.Loop, step: int) -> bool:
         if step == at:
             RunDir(stopped).stop.touch()
-        return measure(job, step, metrics)
+        return measure(self, step)
 
-    monkeypatch.setattr(loop, "_measure_heldout", interrupt)
+    monkeypatch.setattr(loop.Loop, "_measure_heldout", interrupt)
     assert fastvideo("train", world, f"run_dir={stopped}").code == 75
     monkeypatch.undo()
     marker = read_checkpoint_marker(RunDir(stopped).training().checkpoint(at))
@@ -181,13 +181,13 @@ def test_a_stop_after_the_last_step_is_no_stop(world: World, tmp_path: Path) -> 
     )
 
     def stop_at_the_end() -> None:
-        save = loop._save
+        save = loop.Loop._save
 
-        def save_and_ask(job: loop.Job, now: loop.Progressed) -> None:
-            save(job, now)
+        def save_and_ask(self: loop.Loop, step: int, **options: bool) -> None:
+            save(self, step, **options)
             RunDir(tmp_path).stop.touch()
 
-        loop._save = save_and_ask
+        loop.Loop._save = save_and_ask  # type: ignore[method-assign]
         train(recipe)
 
     assert in_fork(stop_at_the_end) == 0

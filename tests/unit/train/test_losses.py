@@ -10,14 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastvideo.checkpoint import Saved
+from fastvideo.config.parallel import Parallel
 from fastvideo.config.recipe import Recipe
 from fastvideo.config.train import Timesteps, Train
+from fastvideo.cost.layout import Layout
 from fastvideo.data.loader import Place
 from fastvideo.models.family import Batch, Text, find_family
 from fastvideo.state import RunDir
 from fastvideo.train import loop
 from fastvideo.train.draw import Drawn
-from fastvideo.train.worker import _losses
+from fastvideo.train.parallel import Runner, Team
+from fastvideo.train.process import Process
+from fastvideo.train.throughput import Work
+from fastvideo.train.worker import losses_of
+from tests.ranks import NoStop, Silent
 
 SIGMA = 0.25
 TEXT = Text(torch.zeros(1, 8))
@@ -38,27 +45,35 @@ def recipe_of(task: str) -> Recipe:
 
 
 @pytest.mark.parametrize(("task", "counts"), [("t2v", True), ("i2v", False)])
-def test_the_first_frame_of_ti2v_counts_unless_it_is_given(
-    task: str, counts: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = recipe_of(task)
-    family = find_family(recipe)
+def test_the_first_frame_of_ti2v_counts_unless_it_is_given(task: str, counts: bool) -> None:
+    family = find_family(recipe_of(task))
     latent, noise = torch.zeros(1, 48, 3, 4, 4), torch.ones(1, 48, 3, 4, 4)
     prediction = noise - latent
     prediction[:, :, 0] += 3  # wrong in the first frame only
-    monkeypatch.setattr(type(family), "forward", lambda *_, **__: prediction)
     batch = Batch(latent, noise, torch.tensor([SIGMA]), (TEXT,), {})
-    (loss,) = _losses(recipe, family)(nn.Identity(), batch)
+    (loss,) = losses_of(family, lambda arguments: prediction)(batch)
     assert loss.item() == (3 if counts else 0)  # 3**2 in one frame of three
 
 
 # ---------------------------------------------------------------- weights
 
 
+class TwoClips:
+    """As much of `Samples` as the order of a step needs."""
+
+    shapes = ((4, 1, 2, 2),) * 2
+
+    def __len__(self) -> int:
+        return 2
+
+    def id(self, index: int) -> str:
+        return str(index)
+
+
 class AtOneSigma:
     """Two samples, the same noise level whatever is asked for."""
 
-    samples = range(2)
+    samples = TwoClips()
 
     def training(self, place: Place) -> Drawn:
         return Drawn(torch.zeros(4, 1, 2, 2), torch.ones(4, 1, 2, 2), torch.tensor(SIGMA), TEXT, {})
@@ -67,18 +82,11 @@ class AtOneSigma:
         return self.training(Place(0, index))
 
 
-class NoStop:
-    """Nobody asks for a stop."""
-
-    def reason(self) -> None:
-        return None
-
-
 def records(run_dir: Path, timesteps: Timesteps) -> list[dict[str, Any]]:
     """Metrics of one step with a loss of 1 for each sample."""
     model = nn.Linear(1, 1)
 
-    def ones(model: nn.Module, batch: Batch) -> Tensor:
+    def ones(batch: Batch) -> Tensor:
         return torch.ones_like(batch.sigma) + 0 * sum(p.sum() for p in model.parameters())
 
     train = Train.model_validate(
@@ -92,19 +100,20 @@ def records(run_dir: Path, timesteps: Timesteps) -> list[dict[str, Any]]:
             "timesteps": timesteps,
         }
     )
+    team = Team(Process(NoStop(), Silent()), Layout(1, 1, 1, ""), "cpu")
     job = loop.Job(
         train=train,
         directory=RunDir(run_dir).training(),
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters()),
+        team=team,
+        saved=Saved(model, torch.optim.AdamW(model.parameters())),
+        runner=Runner(model, team, Parallel()),
         losses=ones,
         draw=AtOneSigma(),  # type: ignore[arg-type]
         heldout=AtOneSigma(),  # type: ignore[arg-type]
-        device="cpu",
-        stop=NoStop(),  # type: ignore[arg-type]
-        about={},
     )
-    loop.run(job, start=loop.Progressed(step=0, losses=(), measured=False))
+    start = loop.Progressed(step=0, losses=(), measured=False, watch=None)
+    work = Work(2, 4, 1.0, 1.0, 1, "cpu", "float32")
+    loop.run(job, start=start, work=work, about={})
     return [json.loads(line) for line in job.directory.metrics.read_text().splitlines()]
 
 
