@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's parent: checks a run before torch is loaded, then trains in this process.
+"""Checks a run before torch is loaded, then trains: in this process, or as the parent of several.
 
 Free of torch until there is something to train, so that a finished run answers at once.
 """
@@ -7,20 +7,25 @@ Free of torch until there is something to train, so that a finished run answers 
 import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastvideo import atomic, hashing, state
 from fastvideo.config.recipe import Recipe
-from fastvideo.errors import UserError
+from fastvideo.errors import Stopped, UserError
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
 from fastvideo.models.folder import content_hash, find_model
 from fastvideo.state import RunDir, ShardStore, TrainDir
+from fastvideo.train import attempts, parent
+from fastvideo.train.nodes import Nodes, read_nodes
 from fastvideo.train.process import Process
-from fastvideo.train.pulse import Silent
-from fastvideo.train.stop import StopRequest
+from fastvideo.train.pulse import Watched
+from fastvideo.train.stop import StopRequest, stopped
 from fastvideo.trained import NAMES, model_facts
 
 MAY_CHANGE = (
@@ -34,17 +39,30 @@ MAY_CHANGE = (
     "validation",
     "export",
     "generate",
+    "parallel.processes",
+    "parallel.replicate",
+    "parallel.shard",
+    "parallel.sequence",
+    "parallel.cpu_offload",
     "train.steps",
     "train.micro_batch_size",
     "train.device",
     "train.activation_checkpointing",
+    "train.compile",
     "train.checkpoint",
     "train.heldout",
+    "train.watch",
     "train.log_every_steps",
+    "train.tensorboard",
+    "train.wandb",
+    "train.profile",
     "train.loader_workers",
 )
 """What a resumed run may say differently: lengths, cadences, layout, places, other verbs. What
 `source` and `model.path` stand for is compared by content: clips, architecture, shift."""
+
+LAST_BREATH_S = 10.0
+"""How long a start waits for processes of one that was killed."""
 
 
 def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
@@ -60,31 +78,47 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
     Raises:
         Stopped: A stop was asked for; the state is saved.
         UserError: The run cannot start or go on as asked, with the reason.
+        Failed: The machine, not the input, ended it.
     """
+    nodes = read_nodes(os.environ)
     store = ShardStore(recipe.shards.path)
     directories = {name: RunDir(recipe.run_dir).training(name) for name in recipe.transformers}
-    # A finished run stays finished when its shards are gone.
-    done = all(_finished(directory, recipe) for directory in directories.values())
-    plan = None if done and store.read_plan() is None else state.complete_plan(store)
-    # Made where there is something to train, and once: what stops one expert stops the other.
-    stop = functools.cache(lambda: StopRequest(RunDir(recipe.run_dir)))
-    # Everything is checked before the first transformer trains, and before anything is written.
-    about = _about(recipe, store, plan) if plan else {name: {} for name in directories}
-    if not force:
-        _check_family(recipe)
-    with contextlib.ExitStack() as locks:
-        if any(not _finished(directory, recipe) for directory in directories.values()):
-            locks.callback(lambda: stop().leave())
+    with StopRequest(RunDir(recipe.run_dir)) as stop, contextlib.ExitStack() as locks:
+        # A finished run stays finished when its shards are gone.
+        done = all(_finished(directory, recipe) for directory in directories.values())
+        plan = None if done and store.read_plan() is None else state.complete_plan(store)
+        # Everything is checked before the first transformer trains, and before anything is written.
+        about = _about(recipe, store, plan) if plan else {name: {} for name in directories}
+        if not force:
+            _check_family(recipe)
+        start = _Start(nodes, stop, force)
+        if start.leads:
+            locks.callback(stop.leave)
+        held = {}
         for name, directory in directories.items():
-            locks.enter_context(atomic.alone(directory.lock, busy=_busy(directory)))
+            held[name] = locks.enter_context(_alone(directory)) if start.leads else None
             if not force:
                 _check_begun(recipe, directory, about[name])
         return {
             "trained": {
-                name: _train(recipe, name, plan=plan, about=about[name], stop=stop)
-                for name in directories
+                name: _train(recipe, name, plan=plan, about=about[name], start=start, lock=lock)
+                for name, lock in held.items()
             }
         }
+
+
+@dataclass(frozen=True)
+class _Start:
+    """How training was asked for."""
+
+    nodes: Nodes
+    stop: StopRequest
+    force: bool
+
+    @property
+    def leads(self) -> bool:
+        """Whether this node writes what is written once; the others only read."""
+        return self.nodes.rank == 0
 
 
 def _check_family(recipe: Recipe) -> None:
@@ -98,6 +132,11 @@ def _check_family(recipe: Recipe) -> None:
                 f"{folder}: was trained from a {family} model, the recipe says "
                 f"{recipe.model.family}; choose another run_dir"
             )
+
+
+def _alone(directory: TrainDir) -> AbstractContextManager[IO[str]]:
+    """Hold the training's lock; what a killed start left on its way out is waited for."""
+    return atomic.alone(directory.lock, busy=_busy(directory), wait_s=LAST_BREATH_S)
 
 
 def _busy(directory: TrainDir) -> str:
@@ -119,24 +158,80 @@ def _train(
     *,
     plan: dict[str, Any] | None,
     about: dict[str, Any],
-    stop: Callable[[], StopRequest],
+    start: _Start,
+    lock: IO[str] | None,
 ) -> dict[str, Any]:
     directory = RunDir(recipe.run_dir).training(transformer)
-    state.prune_checkpoints(directory, keep_last=recipe.train.checkpoint.keep_last)
+    if start.leads:
+        keep = recipe.train.checkpoint
+        state.prune_checkpoints(directory, keep_last=keep.keep_last, keep_every=keep.keep_every)
     if _finished(directory, recipe):
         logger.info("already trained: %s", directory.newest_checkpoint())
         return {"step": directory.complete_checkpoints()[-1], "ran": False}
     assert plan is not None
+    if reason := start.stop.reason():
+        start.stop.honour()
+        raise stopped(directory, reason, steps=recipe.train.steps)
     if recipe.train.schedule.warmup_steps >= recipe.train.steps:
         logger.warning("train.schedule.warmup_steps reaches past train.steps: no peak")
-    atomic.write_bytes(directory.recipe, recipe.dump().encode(), point="recipe")
+    work = parent.Work(recipe, directory, about, _processes(recipe), start.nodes)
+    if start.leads:
+        atomic.write_bytes(directory.recipe, recipe.dump().encode(), point="recipe")
+    with _counted(directory, start):
+        if work.is_for_one:
+            _train_alone(recipe, transformer, plan=plan, about=about, stop=start.stop)
+        else:
+            if lock is not None:
+                atomic.share(lock, busy=_busy(directory))
+            finished = functools.partial(_finished, directory, recipe)
+            parent.train(work, stop=start.stop, finished=finished)
+    return {"step": recipe.train.steps, "ran": True}
 
+
+def _processes(recipe: Recipe) -> int:
+    """How many processes train on this node."""
+    if recipe.parallel.processes is not None:
+        return recipe.parallel.processes
+    if recipe.train.device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+@contextlib.contextmanager
+def _counted(directory: TrainDir, start: _Start) -> Iterator[None]:
+    """Count this start, unless a person ends it or the input has to change before the next."""
+    if not start.leads:
+        yield
+        return
+    attempts.count(directory, force=start.force)
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        attempts.forget(directory)
+        raise
+    except Stopped:
+        if start.stop.by_person():
+            attempts.forget(directory)
+        raise
+
+
+def _train_alone(
+    recipe: Recipe,
+    transformer: str,
+    *,
+    plan: dict[str, Any],
+    about: dict[str, Any],
+    stop: StopRequest,
+) -> None:
+    """Train in this process."""
     from fastvideo.train import worker
 
-    process = Process(stop=stop(), pulse=Silent())
-    worker.train(recipe, transformer=transformer, plan=plan, about=about, process=process)
+    with Watched(hang_minutes=recipe.train.watch.hang_minutes) as pulse:
+        process = Process(stop=stop, pulse=pulse)
+        worker.train(recipe, transformer=transformer, plan=plan, about=about, process=process)
     gc.collect()  # libraries hold the model in a cycle; the next expert needs its memory
-    return {"step": recipe.train.steps, "ran": True}
 
 
 def _finished(directory: TrainDir, recipe: Recipe) -> bool:

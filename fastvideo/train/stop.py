@@ -3,25 +3,41 @@
 
 import contextlib
 import signal
+from pathlib import Path
 from types import FrameType
+from typing import Any, Self
 
 from fastvideo import atomic
-from fastvideo.errors import UserError
-from fastvideo.state import RunDir
+from fastvideo.errors import Stopped, UserError
+from fastvideo.state import RunDir, TrainDir
+from fastvideo.train.lifeline import SIGNALS
 
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+STOP_FILE = "the STOP file"
 
 
 class StopRequest:
-    """Remembers that a stop was asked for; the loop looks between steps."""
+    """Remembers that a stop was asked for; the loop looks between steps.
 
-    def __init__(self, run_dir: RunDir) -> None:
-        """Watch ``run_dir``'s STOP file and the signals."""
-        self._file = run_dir.stop
+    As a context it gives the signals back at its end.
+    """
+
+    def __init__(self, run_dir: RunDir, *, asked: Path | None = None) -> None:
+        """Watch ``run_dir``'s STOP file, the signals, and the file in which a parent asks."""
+        self._file, self._asked = run_dir.stop, asked
         self._signal: signal.Signals | None = None
         self._honoured: str | None = None
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
+        self._before: dict[int, Any] = {
+            number: signal.signal(number, self._receive) for number in SIGNALS
+        }
+
+    def __enter__(self) -> Self:
+        """Nothing; it listens since it was made."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Listen no longer."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)
@@ -32,7 +48,18 @@ class StopRequest:
         """Why to stop, or None."""
         if self._signal is not None:
             return self._signal.name
-        return "the STOP file" if self._file.exists() else self._honoured
+        if self._asked is not None and (asked := _text(self._asked)) is not None:
+            return asked
+        return STOP_FILE if self._file.exists() else self._honoured
+
+    @property
+    def signalled(self) -> str | None:
+        """The name of the signal that asked, or None."""
+        return None if self._signal is None else self._signal.name
+
+    def by_person(self) -> bool:
+        """Whether a person asked, rather than a queue."""
+        return self._honoured in (STOP_FILE, signal.SIGINT.name)
 
     def honour(self) -> None:
         """Remember that this process stops, whatever becomes of the STOP file."""
@@ -49,3 +76,19 @@ class StopRequest:
             for lock in self._file.parent.glob("train/*/lock"):
                 locks.enter_context(atomic.alone(lock, busy="trains"))
             self._file.unlink(missing_ok=True)
+
+
+def stopped(directory: TrainDir, reason: str, *, steps: int) -> Stopped:
+    """The end of a training that nothing of is in progress: what is saved is all there is."""
+    step = max(directory.complete_checkpoints(), default=0)
+    return Stopped(
+        f"stopped by {reason} after step {step} of {steps} of {directory.root.name}; the same "
+        "command continues"
+    )
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the processes of a launch ended, and which of them was the first to fail."""
+
+import dataclasses
+import re
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastvideo import atomic
+from fastvideo.errors import Failed, UserError
+from fastvideo.train.brief import LaunchDir
+
+Kind = Literal["finished", "stopped", "user_error", "failed", "error"]
+SHOWN_LINES = 12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended, in its own words."""
+
+    rank: int
+    kind: Kind
+    step: int
+    """The last that it began."""
+    message: str = ""
+    traceback: str = ""
+    host: str = dataclasses.field(default_factory=socket.gethostname)
+    time: float = dataclasses.field(default_factory=time.time)
+
+    def write(self, launch: LaunchDir) -> None:
+        """Write it to its place in the launch folder."""
+        atomic.write_json(launch.outcome(self.rank), dataclasses.asdict(self), point="outcome")
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a process ended that could not say it itself, as torchrun saw it."""
+
+    rank: int
+    pid: int
+    host: str
+    exit_code: int
+    signal: str
+    """Name, empty if none ended it."""
+    time: float
+    """When it was seen, whole seconds."""
+    step: int
+    """The last that it began."""
+
+
+def read_outcomes(launch: LaunchDir) -> dict[int, Outcome]:
+    """Outcomes by rank, of all nodes."""
+    trees = [tree for _, tree in _read(launch, "rank-*.json")]
+    return {tree["rank"]: Outcome(**tree) for tree in trees}
+
+
+def read_deaths(launch: LaunchDir) -> list[Death]:
+    """Processes that ended with an error, of all nodes, earliest first."""
+    trees = [tree for _, tree in _read(launch, "node-*.ended.json")]
+    deaths = [Death(**death) for tree in trees for death in tree["deaths"]]
+    return sorted(deaths, key=lambda death: death.time)
+
+
+def failed_nodes(launch: LaunchDir) -> set[int]:
+    """Nodes whose processes failed or hang."""
+    ended = {node for node, tree in _read(launch, "node-*.ended.json") if tree["error"]}
+    return ended | {node for node, _ in _read(launch, "node-*.hang.json")}
+
+
+def _read(launch: LaunchDir, pattern: str) -> list[tuple[int, Any]]:
+    """Number and content of each file."""
+    found = []
+    for path in sorted(launch.root.glob(pattern)):
+        number = re.search(r"\d+", path.name)
+        tree = atomic.read_json(path)
+        if number and isinstance(tree, dict):
+            found.append((int(number[0]), tree))
+    return found
+
+
+def first_failure(launch: LaunchDir) -> UserError | Failed:
+    """What went wrong first, for the user.
+
+    What processes say they know counts before what happened to them: a hang, a mistake in the
+    input, a full disk; then a death by a signal, which leaves the others without a partner; then
+    errors by time, for those that lost their partner say so too. A process that torchrun kills
+    because another one failed is killed seconds later, and is not the first.
+    """
+    hangs = sorted((tree for _, tree in _read(launch, "node-*.hang.json")), key=_time)
+    if hangs:
+        return Failed(hangs[0]["message"])
+    outcomes = sorted(read_outcomes(launch).values(), key=lambda outcome: outcome.time)
+    deaths = [death for death in read_deaths(launch) if death.rank not in read_outcomes(launch)]
+    for outcome in outcomes:
+        if outcome.kind == "user_error":
+            return UserError(outcome.message)
+        if outcome.kind == "failed":
+            return Failed(_describe(outcome, launch))
+    errors = [outcome for outcome in outcomes if outcome.kind == "error"]
+    first_s = min([death.time for death in deaths] + [error.time for error in errors], default=0)
+    for death in deaths:
+        if death.signal and death.time <= first_s + 2:
+            return Failed(_describe_death(death, launch))
+    if errors:
+        return Failed(_describe(errors[0], launch))
+    return _without_words(deaths, launch)
+
+
+def _time(tree: Any) -> float:
+    return float(tree["time"])
+
+
+def _describe(outcome: Outcome, launch: LaunchDir) -> str:
+    where = f"rank {outcome.rank} on {outcome.host}, last step {outcome.step}"
+    lines = outcome.traceback.rstrip().splitlines()[-SHOWN_LINES:]
+    shown = "".join(f"\n  {line}" for line in lines)
+    return f"{where}: {outcome.message}{shown}\nsee {launch.rank_log(outcome.rank)}"
+
+
+def _describe_death(death: Death, launch: LaunchDir) -> str:
+    likely = ", most likely out of host memory" if death.signal == "SIGKILL" else ""
+    return (
+        f"rank {death.rank} (process {death.pid} on {death.host}) was killed by {death.signal}"
+        f"{likely}; last step {death.step}; see {launch.rank_log(death.rank)}"
+    )
+
+
+def _without_words(deaths: Sequence[Death], launch: LaunchDir) -> Failed:
+    for death in deaths:
+        how = f"was killed by {death.signal}" if death.signal else f"exited with {death.exit_code}"
+        return Failed(
+            f"rank {death.rank} (process {death.pid} on {death.host}) {how}; last step "
+            f"{death.step}; see {launch.root}"
+        )
+    for node, tree in _read(launch, "node-*.ended.json"):
+        if tree["error"]:
+            return Failed(f"node {node}: {tree['error']}; see {launch.node_log(node)}")
+    return Failed(f"the processes ended without a word; see {launch.root}")

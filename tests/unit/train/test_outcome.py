@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Of everything that went wrong in a launch, what came first is told."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from fastvideo.errors import Failed, UserError
+from fastvideo.train.brief import LaunchDir
+from fastvideo.train.outcome import Death, Outcome, failed_nodes, first_failure
+
+NOW = float(int(time.time()))
+
+
+def failure(launch: LaunchDir, *told: Outcome | Death) -> UserError | Failed:
+    """What is said after these processes of one node ended."""
+    deaths = [dataclasses.asdict(death) for death in told if isinstance(death, Death)]
+    write_ended(launch, 0, deaths=deaths, error="processes failed")
+    for outcome in told:
+        if isinstance(outcome, Outcome):
+            outcome.write(launch)
+    return first_failure(launch)
+
+
+def write_ended(launch: LaunchDir, node: int, **report: Any) -> None:
+    launch.root.mkdir(exist_ok=True, parents=True)
+    launch.ended(node).write_text(json.dumps(report))
+
+
+def died(rank: int, signal: str, *, at: float = NOW, code: int = -9) -> Death:
+    return Death(rank, 100 + rank, "n1", code, signal, at, step=41)
+
+
+def lost(rank: int, *, at: float) -> Outcome:
+    """What a process says whose partner is gone."""
+    text = "RuntimeError: Connection closed by peer"
+    return Outcome(rank, "error", 41, text, f"Traceback\n{text}", host="n1", time=at)
+
+
+def test_a_killed_process_counts_before_those_that_lost_it(tmp_path: Path) -> None:
+    said = failure(
+        LaunchDir(tmp_path),
+        *(lost(0, at=NOW + 0.1), lost(2, at=NOW + 0.2)),
+        *(died(0, "", code=1), died(1, "SIGKILL"), died(2, "", code=1)),
+    )
+    assert isinstance(said, Failed)
+    assert "rank 1 (process 101 on n1) was killed by SIGKILL, most likely out of host" in str(said)
+    assert "last step 41" in str(said) and str(tmp_path / "rank-1.log") in str(said)
+
+
+def test_one_that_torchrun_killed_later_is_not_the_first(tmp_path: Path) -> None:
+    broken = Outcome(
+        1, "error", 7, "ValueError: broken", "Traceback\nValueError: broken", "n1", NOW
+    )
+    said = str(failure(LaunchDir(tmp_path), broken, died(0, "SIGKILL", at=NOW + 10)))
+    assert "rank 1 on n1, last step 7: ValueError: broken\n  Traceback" in said
+
+
+def test_the_earliest_error_is_told(tmp_path: Path) -> None:
+    said = str(failure(LaunchDir(tmp_path), lost(0, at=NOW + 3), lost(3, at=NOW + 1)))
+    assert said.startswith("rank 3 on n1")
+
+
+def test_mistakes_in_the_input_and_known_failures_come_first(tmp_path: Path) -> None:
+    mistake = Outcome(1, "user_error", 0, "shards: are gone; run preprocess", time=NOW + 1)
+    said = failure(LaunchDir(tmp_path / "1"), mistake, lost(0, at=NOW), died(0, "SIGABRT"))
+    assert isinstance(said, UserError) and str(said) == mistake.message
+    full = Outcome(1, "failed", 40, "the disk is full", time=NOW + 1)
+    said = failure(LaunchDir(tmp_path / "2"), full, lost(0, at=NOW))
+    assert isinstance(said, Failed) and "the disk is full" in str(said)
+
+
+def test_a_hang_is_told_before_what_ending_it_did(tmp_path: Path) -> None:
+    launch = LaunchDir(tmp_path)
+    write_ended(launch, 1, deaths=[], error="RendezvousTimeoutError: nobody came")
+    assert "node 1: RendezvousTimeoutError: nobody came" in str(first_failure(launch))
+    assert failed_nodes(launch) == {1}
+    launch.hang(0).write_text(json.dumps({"message": "rank 3 hangs", "time": NOW}))
+    assert str(failure(launch, died(0, "SIGABRT"))) == "rank 3 hangs"
+    assert failed_nodes(launch) == {0, 1}
