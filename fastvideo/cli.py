@@ -34,6 +34,7 @@ VERBS = {
     "generate": "sample videos from the export, a checkpoint or the base model",
     "run": "preprocess, train, export and generate, skipping what is complete",
     "status": "show what is done and what is missing",
+    "plan": "tell memory, work, time and disk of training before it starts, and what cannot work",
     "tiny": "write a tiny model of the recipe's architecture to model.path",
 }
 
@@ -89,7 +90,7 @@ def _listen(verb: str) -> None:
 
     Training and ``run`` listen in their own way.
     """
-    if verb in ("train", "run", "status"):
+    if verb in ("train", "run", "status", "plan"):
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -125,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         "--clips", action="store_true", help="status: a line per clip; JSON lines with --json"
     )
     parser.add_argument(
+        "--cluster", type=Path, metavar="YAML", help="plan: where it runs, see configs/clusters"
+    )
+    parser.add_argument(
         "--force", action="store_true", help="train, run: go on although recipe or data changed"
     )
     parser.add_argument(
@@ -144,12 +148,14 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         "export": _export,
         "generate": _generate,
         "status": _status,
+        "plan": _plan,
         "tiny": _tiny,
     }
     result = actions[arguments.verb](recipe, arguments)
     if arguments.json and result is not None:
         print(json.dumps(result))
-    return EXIT_DONE
+    has_problems = arguments.verb == "plan" and result["problems"]
+    return EXIT_USER_ERROR if has_problems else EXIT_DONE
 
 
 def _load(arguments: argparse.Namespace) -> "Recipe":
@@ -166,6 +172,7 @@ def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
         "manifest_only": ("preprocess",),
         "shards": ("preprocess",),
         "clips": ("status",),
+        "cluster": ("plan",),
         "force": ("train", "run"),
         "dtype": ("export", "generate", "train"),
     }
@@ -225,6 +232,16 @@ def _status(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
     if not arguments.json:
         print(status.describe(counts))
     return counts
+
+
+def _plan(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
+    from fastvideo.config.cluster import Cluster
+    from fastvideo.plan import describe, plan
+
+    planned = plan(recipe, Cluster.load(arguments.cluster) if arguments.cluster else None)
+    if not arguments.json:
+        print(describe(planned))
+    return planned
 
 
 def _tiny(recipe: "Recipe", arguments: argparse.Namespace) -> Any:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes that wait on a GPU for the backward pass of one micro-batch."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from fastvideo.cost.hunyuan_saved import HunyuanSaved
@@ -68,15 +70,33 @@ def saved(
     log-sum-exp of each query, never the scores. With ``sequence`` processes to a sample, the one
     with the most tokens is meant. Compiled blocks keep less.
     """
+    # Searches for a layout that fits ask again and again.
+    return _saved(json.dumps(config), family, tokens, policy, sequence, kernels)
+
+
+@lru_cache(maxsize=512)
+def _saved(
+    config: str, family: str, tokens: Tokens, policy: Policy, sequence: int, kernels: Kernels
+) -> Saved:
     build = HunyuanSaved if is_hunyuan(family) else WanSaved
-    parts: _Parts = build(config, tokens, shared=sequence)
+    parts: _Parts = build(json.loads(config), tokens, shared=sequence)
+    if policy == "none":
+        return _all_kept(parts, Tape(dtype=kernels.dtype, gpu=kernels.gpu))
+    return _computed_again(parts, policy, kernels)
+
+
+def _all_kept(parts: _Parts, tape: Tape) -> Saved:
+    x, condition = parts.entry(tape)
+    for kind in parts.blocks:
+        x = parts.block(tape, kind, x, condition)
+    parts.leave(tape, x)
+    return Saved(tape.bytes, 0)
+
+
+def _computed_again(parts: _Parts, policy: Policy, kernels: Kernels) -> Saved:
+    """Of each block only the inputs stay, and with ``selective`` what attention gave."""
     tape = Tape(dtype=kernels.dtype, gpu=kernels.gpu)
     x, condition = parts.entry(tape)
-    if policy == "none":
-        for kind in parts.blocks:
-            x = parts.block(tape, kind, x, condition)
-        parts.leave(tape, x)
-        return Saved(tape.bytes, 0)
     tape.keep(*condition.values)
     largest = 0
     for kind in parts.blocks:

@@ -110,11 +110,10 @@ def _weight_problems(recipe: Recipe, processes: int) -> list[str]:
     if replicate and shard:
         if replicate * shard == processes:
             return []
-        fits = [f"{key}={n}" for key, n in _partners(replicate, shard, processes)]
-        ways = " or ".join([*fits, "leave both empty"])
+        fits = [f"use {key}={n}" for key, n in _partners(replicate, shard, processes)]
         return [
             f"parallel.replicate={replicate} x parallel.shard={shard} makes {replicate * shard} "
-            f"processes, there are {processes}; use {ways}"
+            f"processes, not {processes}; {', '.join([*fits, 'leave both empty'])}"
         ]
     return [
         f"parallel.{key}={value}: does not divide the {processes} processes; use "

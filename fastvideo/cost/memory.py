@@ -7,6 +7,7 @@ activations go.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -79,15 +80,15 @@ def memory(recipe: Recipe, config: Mapping[str, Any], *, processes: int, shard: 
     tokens = tokens_of(recipe, config, batch=micro_batch(recipe, processes=processes))
     found = layers(config, recipe.model.family, tokens)
     spread = shard > 1 or parallel.cpu_offload
-    kept = list(parameters_of(found, train, spread=spread))
-    numbers = sum(parameter.held(shard) for parameter in kept)
-    moments = sum(optimizer_bytes(parameter, train, shard=shard) for parameter in kept)
+    kept = Counter(parameters_of(found, train, spread=spread))  # blocks repeat
+    numbers = sum(count * p.held(shard) for p, count in kept.items())
+    moments = sum(count * optimizer_bytes(p, train, shard=shard) for p, count in kept.items())
     state = [FLOAT32 * numbers, FLOAT32 * numbers, moments]
     host = 0
     if parallel.cpu_offload:
-        on_gpu = [sum(p.held(shard) for p in kept if not p.spread) * FLOAT32] * 2 + [0]
-        host = sum(state) - sum(on_gpu)
-        state = on_gpu
+        plain = FLOAT32 * sum(n * p.held(shard) for p, n in kept.items() if not p.spread)
+        host = sum(state) - 4 * plain
+        state = [plain, plain, 2 * plain]
     waiting = activations(recipe, config, tokens)
     return Memory(
         weights=state[0] + _copies(found, train, waiting, spread=spread),

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transformer and what one sample of a recipe gives it, from its config.json of diffusers."""
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from fastvideo.config.architectures import architecture, releases
@@ -17,8 +19,13 @@ def parameters(config: Mapping[str, Any], family: str) -> int:
 
 def layers(config: Mapping[str, Any], family: str, tokens: Tokens) -> Layers:
     """Return the layers of a transformer of ``family``; their rows are those of ``tokens``."""
+    return _layers(json.dumps(config), family, tokens)
+
+
+@lru_cache(maxsize=64)
+def _layers(config: str, family: str, tokens: Tokens) -> Layers:
     build = hunyuan.layers if is_hunyuan(family) else wan.layers
-    return build(config, tokens)
+    return build(json.loads(config), tokens)
 
 
 def is_hunyuan(family: str) -> bool:
