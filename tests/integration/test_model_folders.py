@@ -15,6 +15,7 @@ from fastvideo import atomic
 from fastvideo.data import encode
 from fastvideo.errors import UserError
 from fastvideo.export import export
+from fastvideo.generate import generate
 from fastvideo.models import wan_encoders
 from fastvideo.models.tiny import write_tiny
 from fastvideo.preprocess import preprocess
@@ -111,6 +112,16 @@ def test_a_killed_export_leaves_the_one_before_or_none(world: World, tmp_path: P
     assert "| `transformer` | 3 |" in card
     leftovers = [p.name for p in world.run_dir.iterdir() if p.name.startswith(".")]
     assert leftovers == []
+
+
+def test_what_was_trained_is_exported_and_sampled_without_the_base_weights(world: World) -> None:
+    finish(world)
+    (model_of(world) / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    shutil.rmtree(RunDir(world.run_dir).export)
+    recipe = world.load(*SHORT, "generate.weights=checkpoint")
+    assert in_fork(lambda: [verb(recipe) for verb in (export, generate)]) == 0
+    assert len(list(RunDir(world.run_dir).generated("checkpoint").glob("*.mp4"))) == 2
+    WanPipeline.from_pretrained(RunDir(world.run_dir).export)
 
 
 def test_two_exports_at_once_are_refused(world: World) -> None:

@@ -31,7 +31,7 @@ from fastvideo.models.weights import (
     local_rows,
     materialise,
 )
-from tests.processes import run_together
+from tests.ranks import in_ranks
 from tests.tiny_world import PAIRS, Pair, make_world
 
 ROWS = {"one": 1, "three": 3, "five": 5, "eight": 8}
@@ -147,7 +147,7 @@ def test_each_process_reads_the_rows_it_keeps(tmp_path: Path, sizes: tuple[int, 
         assert files.bytes_read - headers == share
         assert torch.equal(model.table, torch.arange(4.0))
 
-    run_together(4, check, store=tmp_path / "store")
+    in_ranks(4, check)
 
 
 def family_of(root: Path, pair: Pair, model: Path) -> Family:
