@@ -149,8 +149,8 @@ class Loop:
             checkpoint.amend(job.directory.checkpoint(start.step), measured=True)
         self._check_stop(start.step, measured=measured, saved=True)
         for step in range(start.step + 1, train.steps + 1):
-            self._one_step(step)
-            self._record(step)
+            self.one_step(step)
+            self.record(step)
             measured = self._measure_heldout(step)
             saved = self._save_if_due(step, measured=measured)
             self._check_stop(step, measured=measured, saved=saved)
@@ -166,7 +166,8 @@ class Loop:
 
     # ------------------------------------------------------------ a step
 
-    def _one_step(self, step: int) -> None:
+    def one_step(self, step: int) -> None:
+        """Draw, compute, and change the weights."""
         job, train = self._job, self._job.train
         factor = learning_rate_factor(step - 1, train.schedule, steps=train.steps)
         for group in job.saved.optimizer.param_groups:
@@ -243,7 +244,8 @@ class Loop:
             f"{peak_memory_gib(self._job.team.device):.2f} GiB"
         )
 
-    def _record(self, step: int) -> None:
+    def record(self, step: int) -> None:
+        """Write a line of metrics where one is due."""
         train, window = self._job.train, self._window
         if step % train.log_every_steps and step != train.steps:
             return

@@ -79,7 +79,7 @@ def train(
         if len(draws[0].samples) == 0:
             raise UserError(f"{recipe.shards.path}: holds no clips to train on, only held-out ones")
         job, start = _job(recipe, path, transformer=transformer, team=team, draws=draws)
-        work = _work(recipe, config, team)
+        work = work_of(recipe, config, team)
         loop.run(job, start=start, work=work, about=about)
 
 
@@ -100,6 +100,29 @@ def _job(
     recipe: Recipe, path: Path, *, transformer: str, team: Team, draws: tuple[Draw, Draw]
 ) -> tuple[loop.Job, loop.Progressed]:
     """Build what the loop works with; the weights come from a checkpoint or the base model."""
+    saved = empty_state(recipe, path, transformer=transformer, team=team)
+    directory = RunDir(recipe.run_dir).training(transformer)
+    start = _resume(directory, saved, team)
+    if start.step == 0:
+        weights.load_weights(saved.model, weights.WeightFiles(path, folder=transformer))
+    runner = Runner(saved.model, team, recipe.parallel)
+    if team.leads:
+        _tell(recipe, transformer, saved, draws, start)
+    job = loop.Job(
+        train=recipe.train,
+        directory=directory,
+        team=team,
+        saved=saved,
+        runner=runner,
+        losses=losses_of(find_family(recipe), runner),
+        draw=draws[0],
+        heldout=draws[1],
+    )
+    return job, start
+
+
+def empty_state(recipe: Recipe, path: Path, *, transformer: str, team: Team) -> checkpoint.Saved:
+    """Build model and optimizer as the layout says; the weights have memory, but no numbers yet."""
     train, family = recipe.train, find_family(recipe)
     model: nn.Module = family.empty_transformer(path, folder=transformer)
     build_method(train.method).prepare(model)
@@ -107,25 +130,7 @@ def _job(
     family.attach(model, Execution(recompute, train.compile, team.sequence))
     parallel.place(model, team, recipe.parallel, dtype=getattr(torch, train.dtype))
     model.train()
-    saved = checkpoint.Saved(model, build_optimizer(model, train.optimizer))
-    directory = RunDir(recipe.run_dir).training(transformer)
-    start = _resume(directory, saved, team)
-    if start.step == 0:
-        weights.load_weights(model, weights.WeightFiles(path, folder=transformer))
-    runner = Runner(model, team, recipe.parallel)
-    if team.leads:
-        _tell(recipe, transformer, saved, draws, start)
-    job = loop.Job(
-        train=train,
-        directory=directory,
-        team=team,
-        saved=saved,
-        runner=runner,
-        losses=losses_of(family, runner),
-        draw=draws[0],
-        heldout=draws[1],
-    )
-    return job, start
+    return checkpoint.Saved(model, build_optimizer(model, train.optimizer))
 
 
 def _tell(
@@ -185,7 +190,7 @@ def _draws(
     return training, heldout
 
 
-def _work(recipe: Recipe, config: Mapping[str, Any], team: Team) -> Work:
+def work_of(recipe: Recipe, config: Mapping[str, Any], team: Team) -> Work:
     """What a step computes, for the rates in the metrics."""
     needed = flops.training_flops(recipe, config)
     return Work(

@@ -166,14 +166,14 @@ def stop_in(
     ask: Callable[[Path], None],
 ) -> None:
     """Ask for a stop in the middle of a step of one expert."""
-    one_step = loop.Loop._one_step
+    one_step = loop.Loop.one_step
 
     def asked(self: loop.Loop, now: int) -> None:
         if (self._job.directory.root.name, now) == (folder, step):
             ask(run_dir)
         one_step(self, now)
 
-    monkeypatch.setattr(loop.Loop, "_one_step", asked)
+    monkeypatch.setattr(loop.Loop, "one_step", asked)
 
 
 @pytest.mark.parametrize("ask", [stop_file, terminate])
