@@ -1,47 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of a run: ``metrics.jsonl`` and TensorBoard, without repeats after a resume."""
+"""Numbers of a run: ``metrics.jsonl``, TensorBoard and trackers, without repeats after a resume."""
 
 import json
+import math
 import resource
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from fastvideo import atomic
+from fastvideo.config.train import Train
 from fastvideo.state import TrainDir
+from fastvideo.train.trackers import WandbRun
 
 Value = float | int | list[float]
+
+AXES = ("samples", "tokens")
+"""What `CURVES` are drawn against in TensorBoard, beside the step."""
+CURVES = ("loss", "heldout_loss")
 
 
 class Metrics:
     """Writes a line per record; ``step`` is the number of finished optimizer steps."""
 
-    def __init__(self, directory: TrainDir, *, start_step: int) -> None:
+    def __init__(self, directory: TrainDir, *, start_step: int, train: Train) -> None:
         """Drop what a killed run logged after the checkpoint that this one starts from."""
         directory.root.mkdir(parents=True, exist_ok=True)
-        _keep_until(directory, start_step)
+        kept = _keep_until(directory, start_step)
         self._file = open(directory.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
-        self._board = SummaryWriter(str(directory.tensorboard), purge_step=start_step + 1)
+        self._boards = _boards(directory, kept) if train.tensorboard else {}
+        self._wandb = None
+        if train.wandb is not None:
+            self._wandb = WandbRun(directory, start_step=start_step, train=train)
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Append one record.
+
+        JSON has no numbers that are not finite: they become null there.
+        """
+        record = {"step": step, **{name: _finite(value) for name, value in values.items()}}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if not isinstance(value, list):
-                self._board.add_scalar(name, value, step)
+        scalars = {n: float(v) for n, v in values.items() if not isinstance(v, list)}
+        if self._boards:
+            self._draw({"step": step, **scalars})
+        if self._wandb is not None:
+            self._wandb.write(step, scalars)
 
     def close(self) -> None:
         """Flush everything."""
         self._file.close()
-        self._board.close()
+        for board in self._boards.values():
+            board.close()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _draw(self, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            if name != "step":
+                self._boards["step"].add_scalar(name, value, int(scalars["step"]))
+        for axis in AXES:
+            for name in CURVES:
+                if axis in scalars and name in scalars:
+                    at = int(scalars[axis])
+                    self._boards[axis].add_scalar(f"by_{axis}/{name}", scalars[name], at)
 
 
-def _keep_until(directory: TrainDir, step: int) -> None:
+def _boards(directory: TrainDir, kept: list[dict[str, Any]]) -> dict[str, SummaryWriter]:
+    """An event file for each x axis: a resume makes TensorBoard forget all beyond its point of x.
+
+    What a killed run logged after ``kept`` is forgotten in this way.
+    """
+    folders = {"step": directory.tensorboard}
+    folders |= {axis: directory.tensorboard / f"by_{axis}" for axis in AXES}
+    last = {axis: max((r[axis] for r in kept if axis in r), default=-1) for axis in folders}
+    return {
+        axis: SummaryWriter(str(folder), purge_step=last[axis] + 1)
+        for axis, folder in folders.items()
+    }
+
+
+def _keep_until(directory: TrainDir, step: int) -> list[dict[str, Any]]:
+    """Cut off the records after ``step``, all of them if it is 0; those that stay."""
     if not directory.metrics.exists():
-        return
-    kept = []
+        return []
+    kept, records = [], []
     for line in directory.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             record = json.loads(line)
@@ -49,7 +94,15 @@ def _keep_until(directory: TrainDir, step: int) -> None:
             break  # cut by a kill
         if step and record["step"] <= step:
             kept.append(line)
+            records.append(record)
     atomic.write_bytes(directory.metrics, "".join(kept).encode(), point="metrics")
+    return records
+
+
+def _finite(value: Value) -> Any:
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return value if math.isfinite(value) else None
 
 
 def peak_memory_gib(device: str) -> float:

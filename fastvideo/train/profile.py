@@ -58,7 +58,7 @@ class Profiler:
     def _write(self, recorded: profile) -> None:
         """A trace for chrome://tracing or perfetto.dev, and a table of what took longest."""
         path = self._folder / f"rank-{self._rank}-step-{self._first_step}.json.gz"
-        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = recorded.key_averages().table(sort_by=order, row_limit=_ROWS)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
