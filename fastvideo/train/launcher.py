@@ -22,6 +22,7 @@ from fastvideo.models.family import find_family
 from fastvideo.models.folder import content_hash, find_model
 from fastvideo.state import RunDir, ShardStore, TrainDir
 from fastvideo.train import attempts, parent
+from fastvideo.train.lifeline import LAST_BREATH_S
 from fastvideo.train.nodes import Nodes, read_nodes
 from fastvideo.train.process import Process
 from fastvideo.train.pulse import Watched
@@ -60,9 +61,6 @@ MAY_CHANGE = (
 )
 """What a resumed run may say differently: lengths, cadences, layout, places, other verbs. What
 `source` and `model.path` stand for is compared by content: clips, architecture, shift."""
-
-LAST_BREATH_S = 10.0
-"""How long a start waits for processes of one that was killed."""
 
 
 def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:

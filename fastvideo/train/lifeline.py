@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fastvideo import atomic
@@ -15,6 +16,8 @@ from fastvideo import atomic
 PR_SET_PDEATHSIG = 1
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 """Requests to stop."""
+LAST_BREATH_S = 10.0
+"""How long killed processes may take to give their memory back."""
 
 
 def start(module: str, arguments: Sequence[str], *, log: Path) -> subprocess.Popen[bytes]:
@@ -30,6 +33,38 @@ def start(module: str, arguments: Sequence[str], *, log: Path) -> subprocess.Pop
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, stderr=file)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end(process: "subprocess.Popen[bytes]", *, known: Iterable[int]) -> None:
+    """Kill a process and those it started, and wait until they are gone.
+
+    Args:
+        process: Started by ``start``.
+        known: Process ids that it is known to have started; if it was killed by somebody else,
+            they die with it and are waited for.
+    """
+    children: list[int] = []
+    if process.poll() is None:
+        process.send_signal(signal.SIGSTOP)  # so that it starts no more of them
+        children = _children(process.pid)
+        process.kill()
+        process.wait()
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    deadline_s = time.monotonic() + LAST_BREATH_S
+    while any(map(atomic.running, {*children, *known})) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                found.append(int(status.parent.name))
+    return found
 
 
 def deaf() -> None:
@@ -48,7 +83,7 @@ def tied(parent: int, *, lock: Path) -> Iterator[None]:
     """
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    with atomic.together(lock, wait_s=10) as held:
+    with atomic.together(lock, wait_s=LAST_BREATH_S) as held:
         # In this order: whoever gets here late finds that its parent is gone.
         if not held or os.getppid() != parent:
             os._exit(1)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastvideo import atomic
@@ -20,7 +21,7 @@ from fastvideo.train import lifeline
 from fastvideo.train.brief import Brief, LaunchDir
 from fastvideo.train.nodes import LAUNCH_ID, Nodes
 from fastvideo.train.outcome import failed_nodes, first_failure, read_outcomes
-from fastvideo.train.pulse import ENDED, START, Beat, Pulses, Standstill, describe_hang
+from fastvideo.train.pulse import ENDED, START, Beat, Pulses, Standstill, describe_hang, patience
 from fastvideo.train.stop import StopRequest, stopped
 
 KEPT_LAUNCHES = 5
@@ -69,7 +70,8 @@ def train(work: Work, *, stop: StopRequest, finished: Callable[[], bool]) -> Non
         _brief(work, launch, pulses=pulses.path).write(path)
         logger.info("%d processes on each of %d nodes", work.processes, nodes.count)
         logger.info("what each of them says: %s", launch.root)
-        with _agent(str(path.resolve()), launch, nodes, pulses) as agent:
+        log = launch.node_log(nodes.rank)
+        with _agent(str(path.resolve()), log=log, pulses=pulses) as agent:
             minutes = work.recipe.train.watch.hang_minutes
             watch = _Watch(launch, nodes, pulses, hang_minutes=minutes)
             while _runs(agent) and not watch.is_over():
@@ -127,21 +129,13 @@ def _new_launch(directory: TrainDir, nodes: Nodes) -> LaunchDir:
 
 
 @contextmanager
-def _agent(
-    brief: str, launch: LaunchDir, nodes: Nodes, pulses: Pulses
-) -> Iterator["subprocess.Popen[bytes]"]:
+def _agent(brief: str, *, log: Path, pulses: Pulses) -> Iterator["subprocess.Popen[bytes]"]:
     """The process that runs torchrun; at the end it and all it started are gone."""
-    log = launch.node_log(nodes.rank)
     agent = lifeline.start("fastvideo.train.agent", [brief], log=log)
     try:
         yield agent
     finally:
-        agent.kill()  # its children die with it
-        agent.wait()
-        deadline_s = time.monotonic() + 10
-        pids = [beat.pid for beat in pulses.read().values()]
-        while any(map(atomic.running, pids)) and time.monotonic() < deadline_s:
-            time.sleep(0.02)
+        lifeline.end(agent, known=[beat.pid for beat in pulses.read().values()])
 
 
 def _runs(agent: "subprocess.Popen[bytes]") -> bool:
@@ -165,8 +159,10 @@ class _Watch:
     def is_over(self) -> bool:
         """Whether there is nothing to wait for any more."""
         beats = {r: beat for r, beat in self._pulses.read().items() if beat.phase != ENDED}
-        if self._still.look(beats) > self._minutes * 60:
-            self._tell_hang(beats)
+        starting = any(beat.phase == START for beat in beats.values())
+        minutes = patience(self._minutes, starting=starting)
+        if self._still.look(beats) > minutes * 60:
+            self._tell_hang(beats, minutes)
             return True
         now_s = time.monotonic()
         if self._nodes.count > 1 and now_s >= self._next_look_s:
@@ -175,8 +171,8 @@ class _Watch:
                 self._others_failed_s = min(self._others_failed_s, now_s)
         return now_s - self._others_failed_s > GRACE_S
 
-    def _tell_hang(self, beats: dict[int, Beat]) -> None:
-        message = describe_hang(beats, minutes=self._minutes)
+    def _tell_hang(self, beats: dict[int, Beat], minutes: float) -> None:
+        message = describe_hang(beats, minutes=minutes)
         logs = self._launch.rank_log(min(beats)).with_name("rank-*.log")
         report = {"message": f"{message}; where each of them is: {logs}", "time": time.time()}
         atomic.write_json(self._launch.hang(self._nodes.rank), report, point="hang")

@@ -19,6 +19,7 @@ SIZE = 128
 """Bytes of the record of one process."""
 START, ENDED = "start", "ended"
 """The phases before a process trains and after all is done."""
+START_MINUTES = 10.0
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ class Standstill:
         return max(self._still_s.values(), default=0.0)
 
 
+def patience(hang_minutes: float, *, starting: bool) -> float:
+    """Minutes without a beat that mean a hang; a start, which imports and loads, gets some more."""
+    return max(hang_minutes, START_MINUTES if starting else 0.0)
+
+
 def describe_hang(beats: Mapping[int, Beat], *, minutes: float) -> str:
     """Name the processes that hold up the others.
 
@@ -192,7 +198,8 @@ class Watched:
             # The tuple is another object with each beat, even if it says the same.
             if self._beat is not last:
                 last, changes = self._beat, changes + 1
-            if still.look({0: changes}) > self._minutes * 60:
-                logger.error("hangs in %r of step %d for %g min", last[1], last[0], self._minutes)
+            minutes = patience(self._minutes, starting=last[1] == START)
+            if still.look({0: changes}) > minutes * 60:
+                logger.error("hangs in %r of step %d for %g min", last[1], last[0], minutes)
                 faulthandler.dump_traceback(file=2, all_threads=True)
                 os._exit(EXIT_UNEXPECTED)

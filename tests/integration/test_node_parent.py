@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes under ``fastvideo train``: stops, failures, hangs, and two nodes."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from fastvideo.preprocess import preprocess
+from fastvideo.state import ShardStore
+from tests.parent_job import Command, assert_same, start, until
+from tests.tiny_world import World, in_fork, make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> World:
+    world = make_world(tmp_path_factory.mktemp("parent"), clips=5, heldout=1, model=tiny_model)
+    assert in_fork(lambda: preprocess(world.load())) == 0
+    return world
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: World) -> Path:
+    """The run directory of two processes that nothing disturbed."""
+    command = start(world, world.root / "undisturbed")
+    code, said = command.ended()
+    assert code == 0, said
+    assert list(command.directory.launches.glob("*/rank-[01].json"))
+    return command.run_dir
+
+
+@pytest.mark.timeout(400)
+def test_every_way_to_stop_ends_with_75_and_the_next_start_goes_on(
+    world: World, undisturbed: Path, tmp_path: Path
+) -> None:
+    importing = start(world, tmp_path)
+    until(lambda: len(importing.ranks()) == 2)
+    everything = (importing.process.pid, importing.agent(), *importing.ranks())
+    importing.signal(signal.SIGTERM, *everything)
+    assert_stopped(importing, "SIGTERM", after=0)
+
+    parent_only = start(world, tmp_path)
+    until(parent_only.saved)
+    # One that starts beside it is told at once, and does no harm.
+    beside = start(world, tmp_path)
+    assert "another process trains here" in ended_beside(beside)
+    parent_only.signal(signal.SIGTERM)
+    step = assert_stopped(parent_only, "SIGTERM", after=1)
+
+    as_slurm_does = start(world, tmp_path)
+    until(lambda: as_slurm_does.saved() > step)
+    everything = (as_slurm_does.process.pid, as_slurm_does.agent(), *as_slurm_does.ranks())
+    as_slurm_does.signal(signal.SIGUSR2, *everything)
+    step = assert_stopped(as_slurm_does, "SIGUSR2", after=step + 1)
+
+    by_file = start(world, tmp_path)
+    until(lambda: by_file.saved() > step)
+    (tmp_path / "STOP").touch()
+    assert_stopped(by_file, "the STOP file", after=step + 1)
+    assert not (tmp_path / "STOP").exists()
+
+    code, said = start(world, tmp_path).ended()
+    assert code == 0, said
+    assert_same(tmp_path, undisturbed)
+    again = start(world, tmp_path)
+    begin_s = time.monotonic()
+    code, said = again.ended()
+    assert code == 0 and "already trained" in said and time.monotonic() - begin_s < 10
+
+
+def assert_stopped(command: Command, reason: str, *, after: int) -> int:
+    """It ended as it was asked to, with its state saved; the step it stopped after."""
+    code, said = command.ended()
+    assert code == 75, said
+    step = command.saved()
+    assert f"stopped by {reason} after step {step} of" in said
+    assert step >= after
+    return step
+
+
+def ended_beside(command: Command) -> str:
+    """What a command says that another one keeps from training in the same run."""
+    assert command.process.wait(60) == 2
+    return command.said.read_text()
+
+
+@pytest.mark.timeout(200)
+def test_a_process_that_hangs_is_named(world: World, tmp_path: Path) -> None:
+    command = start(world, tmp_path, "train.watch.hang_minutes=0.1", "train.steps=100000")
+    until(command.saved)
+    ranks = command.ranks()
+    command.signal(signal.SIGSTOP, ranks[1])
+    code, said = command.ended()
+    assert code == 1
+    assert f"rank 1 (process {ranks[1]} on " in said and "for 0.1 min; rank 0 waits in" in said
+    assert "Traceback" not in said
+    (log,) = command.directory.launches.glob("*/rank-0.log")
+    assert "most recent call first" in log.read_text(), "where the others wait"
+    assert command.saved() > 0
+
+
+@pytest.mark.timeout(200)
+def test_a_mistake_in_the_input_is_told_once_and_does_not_count(
+    world: World, tmp_path: Path
+) -> None:
+    store = ShardStore(world.shards)
+    text = store.validation.read_bytes()
+    damaged = world.shards / "validation.parquet"
+    command = start(world, tmp_path)
+    until(lambda: len(command.ranks()) == 2)
+    try:
+        damaged.write_bytes(text[:-1])
+        code, said = command.ended()
+    finally:
+        damaged.write_bytes(text)
+    assert code == 2, said
+    assert said.count("run preprocess") == 1 and "Traceback" not in said
+    assert '"starts": 0' in command.directory.attempts.read_text()
+
+
+@pytest.mark.timeout(200)
+def test_two_nodes_train_what_two_processes_train(
+    world: World, undisturbed: Path, tmp_path: Path
+) -> None:
+    port = 20000 + os.getpid() % 20000
+    shared = {
+        "FASTVIDEO_NODES": "2",
+        "FASTVIDEO_RENDEZVOUS": f"127.0.0.1:{port}",
+        "FASTVIDEO_LAUNCH_ID": "job-1",
+    }
+    nodes = [
+        start(
+            world,
+            tmp_path,
+            "parallel.processes=1",
+            environment={**shared, "FASTVIDEO_NODE_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        assert node.process.wait(150) == 0, node.said.read_text()
+        assert node.started() == {} or node is nodes[0]
+    assert_same(tmp_path, undisturbed)
+    again = start(world, tmp_path, environment={**shared, "FASTVIDEO_NODE_RANK": "1"})
+    assert again.ended()[0] == 0
