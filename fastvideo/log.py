@@ -10,6 +10,14 @@ from tqdm import tqdm
 
 logger = logging.getLogger("fastvideo")
 
+NEEDLESS = {
+    "transformers.utils.import_utils": "requires torchvision",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+    "torch.utils._pytree": "is an Enum subclass",
+    "torchao": "Failed to load",
+}
+"""What libraries say on import about parts that nothing here uses, by their logger."""
+
 
 def setup(*, also: Path | None = None) -> None:
     """Send the package's messages to stderr, one line each, with the time; ``also`` to a file."""
@@ -22,12 +30,12 @@ def setup(*, also: Path | None = None) -> None:
     logger.handlers[:] = handlers
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    # Importing diffusers' image-to-video pipelines advises torchvision, which nothing here uses.
-    logging.getLogger("transformers.utils.import_utils").addFilter(_is_needed)
+    for name in NEEDLESS:
+        logging.getLogger(name).addFilter(_is_needed)
 
 
 def _is_needed(record: logging.LogRecord) -> bool:
-    return "requires torchvision" not in record.getMessage()
+    return NEEDLESS[record.name] not in record.getMessage()
 
 
 class Progress:

@@ -4,7 +4,6 @@
 Imports torchao: import this file only where that optimizer is chosen.
 """
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,11 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# It tells about each of its kernels that does not fit the machine, and none of them is used here.
-logging.getLogger("torchao").setLevel(logging.ERROR)
-from torchao import optim  # noqa: E402
-from torchao.optim.subclass_8bit import OptimState8bit  # noqa: E402
+from torchao import optim
+from torchao.optim.subclass_8bit import OptimState8bit
 
 BLOCK = 256
 """Numbers that share a scale (Dettmers et al., 2022)."""
