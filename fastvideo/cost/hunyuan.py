@@ -8,6 +8,8 @@ from fastvideo.cost.layers import Attention, Layers, Linear, Tokens
 
 TIME_DIM = 256
 """Sines and cosines of a timestep, fixed in diffusers' class."""
+REFINER_RATIO = 4
+"""Width inside the feed-forward layers of the text's own blocks, by theirs; fixed there too."""
 
 
 def layers(config: Mapping[str, Any], tokens: Tokens) -> Layers:
@@ -76,7 +78,7 @@ def _refiner(config: Mapping[str, Any], tokens: Tokens) -> Iterator[Linear]:
         block = f"context_embedder.token_refiner.refiner_blocks.{index}"
         for name in ("to_q", "to_k", "to_v", "to_out.0"):
             yield Linear(f"{block}.attn.{name}", wide, wide, tokens.text)
-        yield from _feed_forward(config, f"{block}.ff", tokens.text)
+        yield from _feed_forward(wide, REFINER_RATIO * wide, f"{block}.ff", tokens.text)
         yield Linear(f"{block}.norm_out.linear", wide, 2 * wide, 1)
 
 
@@ -95,8 +97,9 @@ def _double(config: Mapping[str, Any], tokens: Tokens, block: str) -> Iterator[L
         yield Linear(f"{block}.attn.{name}", wide, wide, tokens.video)
     for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
         yield Linear(f"{block}.attn.{name}", wide, wide, tokens.text)
-    yield from _feed_forward(config, f"{block}.ff", tokens.video)
-    yield from _feed_forward(config, f"{block}.ff_context", tokens.text)
+    inner = hidden(config)
+    yield from _feed_forward(wide, inner, f"{block}.ff", tokens.video)
+    yield from _feed_forward(wide, inner, f"{block}.ff_context", tokens.text)
 
 
 def _single(config: Mapping[str, Any], joint: int, block: str) -> Iterator[Linear]:
@@ -113,7 +116,6 @@ def _embedder(name: str, inputs: int, wide: int) -> Iterator[Linear]:
     yield Linear(f"{name}.linear_2", wide, wide, 1)
 
 
-def _feed_forward(config: Mapping[str, Any], name: str, rows: int) -> Iterator[Linear]:
-    wide = width(config)
-    yield Linear(f"{name}.net.0.proj", wide, hidden(config), rows)
-    yield Linear(f"{name}.net.2", hidden(config), wide, rows)
+def _feed_forward(wide: int, inner: int, name: str, rows: int) -> Iterator[Linear]:
+    yield Linear(f"{name}.net.0.proj", wide, inner, rows)
+    yield Linear(f"{name}.net.2", inner, wide, rows)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastvideo.cost.hunyuan import TIME_DIM, head, hidden, width
+from fastvideo.cost.hunyuan import REFINER_RATIO, TIME_DIM, head, hidden, width
 from fastvideo.cost.layers import Tokens
 from fastvideo.cost.tape import FLOAT32, Tape, Value
 
@@ -104,7 +104,7 @@ class HunyuanSaved:
             tape.keep(Value(words * self._heads, self._tokens.text, tape.size))  # the mask
             attended = tape.linear(tape.attention(q, k, v, heads=self._heads), wide)
             x = tape.like(x, tape.multiply(attended, gates))
-            out = self._feed_forward(tape, tape.layer_norm(x))
+            out = self._feed_forward(tape, tape.layer_norm(x), inner=REFINER_RATIO * wide)
             x = tape.like(x, tape.multiply(out, gates))
         return Value(self._text, wide, x.size)
 
@@ -124,7 +124,8 @@ class HunyuanSaved:
             out = Value(stream.rows, wide, tape.size)
             outs.append(tape.like(stream, tape.multiply(out, gate)))
         for index, gate in enumerate(gates):
-            out = self._feed_forward(tape, self._modulated(tape, outs[index]))
+            normed = self._modulated(tape, outs[index])
+            out = self._feed_forward(tape, normed, inner=hidden(self._config))
             outs[index] = tape.like(outs[index], tape.multiply(out, gate))
         return Streams(*outs)
 
@@ -165,9 +166,8 @@ class HunyuanSaved:
         out = tape.attention(q, k, v, heads=self._heads)
         return out if self._shared == 1 else tape.like(out)
 
-    def _feed_forward(self, tape: Tape, x: Value) -> Value:
-        inner = tape.activation(tape.linear(x, hidden(self._config)))
-        return tape.linear(inner, self._wide)
+    def _feed_forward(self, tape: Tape, x: Value, *, inner: int) -> Value:
+        return tape.linear(tape.activation(tape.linear(x, inner)), self._wide)
 
     def _cat(self, tape: Tape, video: Value, text: Value) -> Value:
         return Value(video.rows + text.rows, video.width, max(video.size, text.size))
