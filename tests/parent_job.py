@@ -18,7 +18,7 @@ from tests.tiny_world import World
 STEPS = 60
 LONG = (
     f"train.steps={STEPS}",
-    "train.checkpoint.every_steps=10",
+    "train.checkpoint.every_steps=5",
     "train.checkpoint.keep_last=1",
     "train.heldout.every_steps=30",
 )

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes under ``fastvideo train``: stops, failures, hangs, and two nodes."""
+"""Several processes under ``fastvideo train``: stops, kills, mistakes, hangs, and two nodes.
+
+``FASTVIDEO_TEST_KILLS=20`` kills so often at random moments, and at every fault point of a save
+instead of two; it takes ten minutes.
+"""
 
 import os
+import random
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +18,15 @@ import pytest
 from fastvideo.preprocess import preprocess
 from fastvideo.state import ShardStore
 from tests.parent_job import Command, assert_same, start, until
-from tests.tiny_world import World, in_fork, make_world
+from tests.tiny_world import World, in_fork, make_world, passes
+
+RANDOM_KILLS = int(os.environ.get("FASTVIDEO_TEST_KILLS", "2"))
+TARGETS: dict[str, Callable[[Command], list[int]]] = {
+    "a rank": lambda command: command.ranks()[1:],
+    "all ranks": lambda command: command.ranks(),
+    "torchrun": lambda command: [command.agent()],
+    "the parent": lambda command: [command.process.pid],
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +36,31 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> World:
     return world
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run of two processes that nothing disturbed."""
+
+    run_dir: Path
+    seconds: float
+    fault_points: list[str]
+    """Those of its saves."""
+
+
 @pytest.fixture(scope="module")
-def undisturbed(world: World) -> Path:
-    """The run directory of two processes that nothing disturbed."""
-    command = start(world, world.root / "undisturbed")
+def undisturbed(world: World) -> Undisturbed:
+    log, begin_s = world.root / "faults.log", time.monotonic()
+    environment = {"FASTVIDEO_FAULT_LOG": str(log)}
+    command = start(world, world.root / "undisturbed", environment=environment)
     code, said = command.ended()
     assert code == 0, said
     assert list(command.directory.launches.glob("*/rank-[01].json"))
-    return command.run_dir
+    points = [point for point in passes(log) if point.startswith("checkpoint.")]
+    return Undisturbed(command.run_dir, time.monotonic() - begin_s, points)
 
 
 @pytest.mark.timeout(400)
 def test_every_way_to_stop_ends_with_75_and_the_next_start_goes_on(
-    world: World, undisturbed: Path, tmp_path: Path
+    world: World, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     importing = start(world, tmp_path)
     until(lambda: len(importing.ranks()) == 2)
@@ -63,7 +90,7 @@ def test_every_way_to_stop_ends_with_75_and_the_next_start_goes_on(
 
     code, said = start(world, tmp_path).ended()
     assert code == 0, said
-    assert_same(tmp_path, undisturbed)
+    assert_same(tmp_path, undisturbed.run_dir)
     again = start(world, tmp_path)
     begin_s = time.monotonic()
     code, said = again.ended()
@@ -84,6 +111,68 @@ def ended_beside(command: Command) -> str:
     """What a command says that another one keeps from training in the same run."""
     assert command.process.wait(60) == 2
     return command.said.read_text()
+
+
+@pytest.mark.timeout(2000 if RANDOM_KILLS > 2 else 400)
+def test_whoever_is_killed_at_whatever_moment_no_bit_changes(
+    world: World, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Each start is the restart after the kill before."""
+    saved = 0
+    for target, pids in TARGETS.items():
+        command = start(world, tmp_path)
+        until(lambda command=command, saved=saved: command.saved() > saved)  # type: ignore[misc]
+        saved = command.saved()
+        command.signal(signal.SIGKILL, *pids(command))
+        assert_dead(command, target)
+    kill_in_saves(world, undisturbed, tmp_path)
+    moments = random.Random(1)
+    for _ in range(RANDOM_KILLS):
+        # Whoever kills for fun says --force: some of these starts gain no step.
+        command = start(world, tmp_path, "--force")
+        time.sleep(moments.uniform(0, undisturbed.seconds))
+        kill(command, moments.choice([*TARGETS.values()]))
+    command = start(world, tmp_path, "--force")
+    code, said = command.ended()
+    assert code == 0, said
+    assert_same(tmp_path, undisturbed.run_dir)
+    assert len(list(command.directory.launches.iterdir())) == 5, "older ones are removed"
+
+
+def assert_dead(command: Command, target: str) -> None:
+    """The parent says who died, and nothing is left of it."""
+    if target == "the parent":
+        command.killed()
+        return
+    code, said = command.ended()
+    words = {"a rank": "rank 1 (process", "all ranks": "rank ", "torchrun": "the process that st"}
+    assert code == 1 and f"fastvideo train: {words[target]}" in said, said
+    assert "was killed by SIGKILL, most likely out of host memory" in said
+    assert "Traceback" not in said
+
+
+def kill_in_saves(world: World, undisturbed: Undisturbed, run_dir: Path) -> None:
+    """A rank dies at a fault point of the first save of its start."""
+    some = ["checkpoint.rename:1", "checkpoint.marker.rename:1"]
+    assert set(some) <= set(undisturbed.fault_points)
+    first = [point for point in undisturbed.fault_points if point.endswith(":1")]
+    for point in first if RANDOM_KILLS > 2 else some:
+        command = start(world, run_dir, "--force", environment={"FASTVIDEO_FAULT": point})
+        code, said = command.ended()
+        assert code == 1 and "was killed by SIGKILL" in said, (point, said)
+
+
+def kill(command: Command, pids: Callable[[Command], list[int]]) -> None:
+    """Kill what there is of it, the parent where there is nothing else yet."""
+    try:
+        found = pids(command)
+        command.signal(signal.SIGKILL, *found)
+    except (ValueError, ProcessLookupError):
+        found = []
+    if not found and command.process.poll() is None:
+        command.signal(signal.SIGKILL)
+    command.process.wait(60)
+    until(lambda: not command.started(), within_s=10)
 
 
 @pytest.mark.timeout(200)
@@ -122,7 +211,7 @@ def test_a_mistake_in_the_input_is_told_once_and_does_not_count(
 
 @pytest.mark.timeout(200)
 def test_two_nodes_train_what_two_processes_train(
-    world: World, undisturbed: Path, tmp_path: Path
+    world: World, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     port = 20000 + os.getpid() % 20000
     shared = {
@@ -142,6 +231,6 @@ def test_two_nodes_train_what_two_processes_train(
     for node in nodes:
         assert node.process.wait(150) == 0, node.said.read_text()
         assert node.started() == {} or node is nodes[0]
-    assert_same(tmp_path, undisturbed)
+    assert_same(tmp_path, undisturbed.run_dir)
     again = start(world, tmp_path, environment={**shared, "FASTVIDEO_NODE_RANK": "1"})
     assert again.ended()[0] == 0
