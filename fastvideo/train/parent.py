@@ -68,8 +68,8 @@ def train(work: Work, *, stop: StopRequest, finished: Callable[[], bool]) -> Non
     with Pulses(work.processes) as pulses:
         path = launch.brief(nodes.rank)
         _brief(work, launch, pulses=pulses.path).write(path)
-        logger.info("%d processes on each of %d nodes", work.processes, nodes.count)
-        logger.info("what each of them says: %s", launch.root)
+        where = "this node" if nodes.count == 1 else f"each of {nodes.count} nodes"
+        logger.info("%d processes on %s; logs in %s", work.processes, where, launch.root)
         log = launch.node_log(nodes.rank)
         with _agent(str(path.resolve()), log=log, pulses=pulses) as agent:
             minutes = work.recipe.train.watch.hang_minutes
