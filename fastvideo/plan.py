@@ -26,11 +26,21 @@ class Machine:
     nodes: int
     per_node: int
     device: Device | None
+    assumed: bool = False
+    """Whether nothing said how many processes there are."""
 
     @property
     def processes(self) -> int:
         """All of them."""
         return self.nodes * self.per_node
+
+
+@dataclass(frozen=True)
+class Remarks:
+    """What keeps training from running as asked, and what is good to know."""
+
+    problems: list[str]
+    notes: list[str]
 
 
 def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, Any]:
@@ -48,9 +58,10 @@ def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, Any]:
         UserError: The model's folder is not what the recipe says, or damaged.
     """
     machine, problems = _machine(recipe, cluster)
+    remarks = Remarks(problems, [])
     configs, source = transformer_configs(recipe)
     trained = {
-        folder: _transformer(recipe, config, machine, folder, problems)
+        folder: _transformer(recipe, config, machine, folder, remarks)
         for folder, config in configs.items()
     }
     config = next(iter(configs.values()))
@@ -75,17 +86,20 @@ def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, Any]:
         "transformers": trained,
         "data": _data(recipe, config),
         "disk": _disk(recipe, configs),
-        "problems": list(dict.fromkeys(problems)),
+        "problems": list(dict.fromkeys(remarks.problems)),
+        "notes": list(dict.fromkeys(remarks.notes)),
     }
 
 
 def _machine(recipe: Recipe, cluster: Cluster | None) -> tuple[Machine, list[str]]:
     asked = recipe.parallel.processes
     if cluster is None:
-        replicate, shard = recipe.parallel.replicate or 1, recipe.parallel.shard or 1
-        return Machine(1, asked or replicate * shard, None), []
+        parallel = recipe.parallel
+        count = asked or (parallel.replicate or 1) * (parallel.shard or 1)
+        said = asked or parallel.replicate or parallel.shard or parallel.sequence > 1
+        return Machine(1, count, None, assumed=not said), []
     gpus = cluster.gpus_per_node
-    problems = []
+    problems: list[str] = []
     if asked and gpus and asked > gpus:
         problems.append(
             f"parallel.processes={asked}: a node of the cluster has {gpus} GPUs; use {gpus} or "
@@ -99,9 +113,9 @@ def _machine(recipe: Recipe, cluster: Cluster | None) -> tuple[Machine, list[str
 
 
 def _transformer(
-    recipe: Recipe, config: Config, machine: Machine, folder: str, problems: list[str]
+    recipe: Recipe, config: Config, machine: Machine, folder: str, remarks: Remarks
 ) -> dict[str, Any]:
-    """Figures of one transformer in training; what is wrong goes to ``problems``."""
+    """Figures of one transformer in training; what is wrong goes to ``remarks``."""
     processes, device = machine.processes, machine.device
     try:
         model = flops.training_flops(recipe, config)
@@ -127,12 +141,12 @@ def _transformer(
         "smallest_device": None,
     }
     wrong = layout.problems(recipe, config, processes=processes)
-    problems += wrong
-    return found if wrong else {**found, **_placed(recipe, config, machine, folder, problems)}
+    remarks.problems.extend(wrong)
+    return found if wrong else {**found, **_placed(recipe, config, machine, folder, remarks)}
 
 
 def _placed(
-    recipe: Recipe, config: Config, machine: Machine, folder: str, problems: list[str]
+    recipe: Recipe, config: Config, machine: Machine, folder: str, remarks: Remarks
 ) -> dict[str, Any]:
     """The layout and what each GPU holds."""
     device = machine.device
@@ -148,7 +162,8 @@ def _placed(
     enough = [known.name for known in DEVICES if known.memory_gib * GIB >= needed.total]
     if fits is False or not enough:
         what = f"{folder}: {_asked(chosen)} needs {layout.describe(needed)} on each GPU"
-        problems.append(f"{what}, {_way_out(recipe, config, chosen.processes, device)}")
+        kind = remarks.notes if machine.assumed else remarks.problems
+        kind.append(f"{what}, {_way_out(recipe, config, machine)}")
     return {
         "layout": {**asdict(chosen), "data": chosen.data},
         "memory": {**asdict(needed), "total": needed.total},
@@ -161,14 +176,22 @@ def _asked(chosen: Layout) -> str:
     return f"parallel.replicate={chosen.replicate} parallel.shard={chosen.shard}"
 
 
-def _way_out(recipe: Recipe, config: Config, processes: int, device: Device | None) -> str:
+def _way_out(recipe: Recipe, config: Config, machine: Machine) -> str:
     """Say what the GPU has and the nearest setting that fits, on more GPUs if it must be."""
+    device, processes = machine.device, machine.processes
     verdict = "{name} has {gib:.1f} GiB; " if device else "no known GPU has that; on {name} "
     device = device or find_device("H100-80GB")
     assert device is not None
     verdict = verdict.format(name=device.name, gib=device.memory_gib)
-    for number in (processes, 2 * processes, 4 * processes, 8 * processes):
-        setting = nearest_fit(recipe, config, processes=number, memory_gib=device.memory_gib)
+    numbers = [processes * factor for factor in (1, 2, 4, 8, 16)]
+    for number in numbers:
+        setting = nearest_fit(
+            recipe,
+            config,
+            processes=number,
+            memory_gib=device.memory_gib,
+            offload=not machine.assumed,
+        )
         if setting is not None:
             more = f" on {number} GPUs" if number > processes else ""
             host = setting.memory.host
@@ -176,7 +199,7 @@ def _way_out(recipe: Recipe, config: Config, processes: int, device: Device | No
             return (
                 f"{verdict}use {setting.overrides}{more}: {layout.describe(setting.memory)}{held}"
             )
-    return f"{verdict}no layout of up to {8 * processes} fits: use smaller clips or larger GPUs"
+    return f"{verdict}no layout of up to {numbers[-1]} fits: use smaller clips or larger GPUs"
 
 
 def _batch(recipe: Recipe, machine: Machine) -> dict[str, Any]:
@@ -202,6 +225,7 @@ def _data(recipe: Recipe, config: Config) -> dict[str, Any]:
         "epochs": None,
         "bytes_per_clip": disk.sample_bytes(recipe, config),
         "measured": False,
+        "shard_bytes": None,
     }
     store = ShardStore(recipe.shards.path)
     planned = store.read_plan()
@@ -260,8 +284,9 @@ def describe(planned: Mapping[str, Any]) -> str:
             f"epoch       {data['clips']} clips, {data['steps_per_epoch']:.1f} steps; "
             f"{data['epochs']:.1f} epochs in all"
         )
-    if planned["problems"]:
-        lines += ["problems", *(f"  {problem}" for problem in planned["problems"])]
+    for kind in ("notes", "problems"):
+        if planned[kind]:
+            lines += [kind, *(f"  {remark}" for remark in planned[kind])]
     return "\n".join(lines)
 
 

@@ -42,9 +42,13 @@ def alive_after(run: Callable[[], Any], model: nn.Module, *, given: Iterable[Ten
 
     Views of the ``given`` tensors are not made then, nor what autocast copies of parameters.
     """
-    with _Births((*model.parameters(), *model.buffers(), *given)) as births:
-        result = run()
-    gc.collect()
+    gc.disable()  # what is new stays in the youngest generation, which is quickly searched
+    try:
+        with _Births((*model.parameters(), *model.buffers(), *given)) as births:
+            result = run()
+        gc.collect(0)
+    finally:
+        gc.enable()
     left: int = births.alive(but=result if isinstance(result, tuple) else (result,))
     return left
 

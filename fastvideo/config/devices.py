@@ -70,7 +70,7 @@ DEVICES = (
     ),
     Device(
         name="A6000",
-        memory_gib=47.5,
+        memory_gib=47.4,
         bf16_tflops=154.8,
         float32_tflops=38.7,
         reported=("NVIDIA RTX A6000",),

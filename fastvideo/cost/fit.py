@@ -33,15 +33,22 @@ class Setting:
 
 
 def nearest_fit(
-    recipe: Recipe, config: Mapping[str, Any], *, processes: int, memory_gib: float
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    *,
+    processes: int,
+    memory_gib: float,
+    offload: bool = True,
 ) -> Setting | None:
     """Find a setting that fits; None if none does with this number of processes.
 
     Fewest changed keys first, of those the fastest: weights in host memory last, whole copies
     before sharded ones, samples on one process before shared ones, and nothing computed again
-    before attention kept before all computed again.
+    before attention kept before all computed again. Without ``offload`` nothing moves to the host.
     """
     for candidate in sorted(_candidates(recipe, config, processes), key=_order):
+        if candidate.offload and not (offload or recipe.parallel.cpu_offload):
+            continue
         changed = _changed(recipe, candidate)
         if problems(changed, config, processes=processes):
             continue
@@ -96,9 +103,9 @@ def _order(candidate: _Candidate) -> tuple[int, ...]:
     return (
         candidate.offload,
         len(candidate.changes) + candidate.moved,
-        POLICIES.index(candidate.policy),
-        candidate.sequence,
         candidate.shard,
+        candidate.sequence,
+        POLICIES.index(candidate.policy),
         -candidate.micro,
     )
 

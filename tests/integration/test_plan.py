@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastvideo plan``: every recipe, without torch, real shards, reasons and ways out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvideo.cli import run
+from fastvideo.data.loader import Samples
+from fastvideo.models.tiny import write_tiny
+from fastvideo.plan import plan
+from fastvideo.preprocess import preprocess
+from fastvideo.state import ShardStore
+from tests.tiny_world import make_world
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs/recipes").glob("*.yaml"))
+NODE = ROOT / "configs/clusters/local_8gpu.yaml"
+WAN_14B = ROOT / "configs/recipes/wan2.1_t2v_14b_full.yaml"
+EVERY = """
+import json, sys, time
+from pathlib import Path
+from fastvideo.cli import run
+
+seconds = {}
+for recipe in sys.argv[2:]:
+    for more in ([], ["--cluster", sys.argv[1]]):
+        start = time.process_time()
+        code = run(["plan", recipe, "train.global_batch_size=8", *more])
+        seconds[f"{recipe} {more}"] = [time.process_time() - start, code]
+heavy = {"torch", "diffusers", "transformers", "pyarrow", "numpy"} & set(sys.modules)
+print(json.dumps({"seconds": seconds, "heavy": sorted(heavy)}))
+"""
+
+
+def test_every_recipe_is_answered_at_once_without_torch(tmp_path: Path) -> None:
+    """On a fresh checkout: no models, no shards."""
+    command = [sys.executable, "-c", EVERY, str(NODE), *map(str, RECIPES)]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["heavy"] == []
+    assert len(found["seconds"]) == 2 * len(RECIPES) >= 30
+    assert {name: answer for name, answer in found["seconds"].items() if answer[0] > 3} == {}
+    assert {name: answer for name, answer in found["seconds"].items() if answer[1] != 0} == {}
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = run(["plan", *arguments, "--json"])
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return code, answer
+
+
+def test_whole_copies_of_14b_do_not_fit_80_gb(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ("parallel.replicate=8", "parallel.shard=1")
+    code, answer = planned(capsys, str(WAN_14B), "--cluster", str(NODE), *overrides)
+    assert code == 2
+    figures = answer["transformers"]["transformer"]
+    assert figures["fits"] is False and figures["parameters"] == 14_288_491_584
+    assert figures["memory"]["total"] > 228 * 2**30  # 16 bytes a parameter, and what is computed
+    (problem,) = answer["problems"]
+    assert "parallel.replicate=8 parallel.shard=1 needs" in problem
+    assert "H100-80GB has 79.1 GiB; use parallel.replicate=1 parallel.shard=8:" in problem
+
+    code, answer = planned(
+        capsys, str(WAN_14B), "--cluster", str(NODE), "parallel.replicate=1", "parallel.shard=8"
+    )
+    assert (code, answer["problems"]) == (0, [])
+    assert answer["transformers"]["transformer"]["fits"] is True
+    assert answer["transformers"]["transformer"]["smallest_device"] == "A100-80GB"
+
+
+def test_no_known_gpu_is_large_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = planned(capsys, str(WAN_14B), "parallel.replicate=8", "parallel.shard=1")
+    assert code == 2
+    assert answer["machine"] == {"nodes": 1, "processes": 8, "device": None}
+    assert "no known GPU has that; on H100-80GB use parallel.replicate=1" in answer["problems"][0]
+
+
+def test_where_nothing_is_said_of_gpus_it_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = planned(capsys, str(WAN_14B))
+    assert (code, answer["problems"]) == (0, [])
+    (note,) = answer["notes"]
+    assert "parallel.replicate=1 parallel.shard=1 needs" in note
+    assert "parallel.cpu_offload" not in note and "on 4 GPUs: weights" in note
+
+
+def test_numbers_that_do_not_divide_are_told_with_those_that_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = ("parallel.shard=3", "parallel.sequence=16", "parallel.processes=9")
+    code, answer = planned(capsys, str(WAN_14B), "--cluster", str(NODE), *overrides)
+    assert code == 2
+    assert len(answer["problems"]) == 2
+    assert "parallel.processes=9: a node of the cluster has 8 GPUs" in answer["problems"][0]
+    assert "parallel.sequence=16: does not divide the 9 processes" in answer["problems"][1]
+    assert answer["transformers"]["transformer"]["memory"] is None
+    assert answer["transformers"]["transformer"]["flops_per_step"] > 0
+
+
+def test_both_experts_are_told_and_share_the_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "configs/recipes/wan2.2_t2v_a14b_full.yaml")
+    _, both = planned(capsys, recipe, "--cluster", str(NODE))
+    _, one = planned(capsys, recipe, "--cluster", str(NODE), "train.expert=low")
+    assert list(both["transformers"]) == ["transformer", "transformer_2"]
+    assert list(one["transformers"]) == ["transformer_2"]
+    assert both["disk"]["checkpoints_bytes"] == 2 * one["disk"]["checkpoints_bytes"]
+    memory = [figures["memory"] for figures in both["transformers"].values()]
+    assert memory == [one["transformers"]["transformer_2"]["memory"]] * 2
+
+
+def test_an_unknown_model_is_assumed_to_be_a_known_one(capsys: pytest.CaptureFixture[str]) -> None:
+    _, answer = planned(capsys, str(WAN_14B), "model.path=somebody/some_finetune")
+    assert answer["model"]["config"].startswith("assumed to be those of Wan-AI/Wan2.1-T2V-14B")
+
+
+def test_a_folder_is_read_and_planned_clips_are_counted(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model")
+    config = tmp_path / "model/transformer/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 5}))
+    world = make_world(tmp_path, clips=5, heldout=1, model=tmp_path / "model")
+    recipe = world.load()
+    before = plan(recipe)
+    assert before["model"]["config"] == "the folder model.path"
+    tiny = plan(world.load(f"model.path={tmp_path}/tiny_other"))["transformers"]["transformer"]
+    assert before["transformers"]["transformer"]["parameters"] > tiny["parameters"]
+    assert before["data"]["clips"] is None and not before["data"]["measured"]
+
+    preprocess(recipe, shards=None, manifest_only=True)
+    only_planned = plan(recipe)["data"]
+    assert (only_planned["clips"], only_planned["measured"]) == (5, False)
+    assert only_planned["steps_per_epoch"] == 2.5
+    assert only_planned["epochs"] == recipe.train.steps * 2 / 5
+
+    preprocess(recipe, shards=None, manifest_only=False)
+    data = plan(recipe)["data"]
+    files = [path.stat().st_size for path in world.shards.glob("shard-*.parquet")]
+    assert data["measured"] and data["bytes_per_clip"] == round(sum(files) / 6)
+    assert data["clips"] == len(
+        Samples(ShardStore(recipe.shards.path), split="train", columns=("vae_latent",))
+    )
+
+
+def test_a_wrong_folder_and_a_damaged_config_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny(tmp_path / "model", family="hunyuan-video")
+    assert run(["plan", str(WAN_14B), f"model.path={tmp_path}/model"]) == 2
+    assert "hunyuan-video" in capsys.readouterr().err
+
+    write_tiny(tmp_path / "other")
+    config = tmp_path / "other/transformer/config.json"
+    tree = json.loads(config.read_text())
+    del tree["ffn_dim"]
+    config.write_text(json.dumps(tree))
+    assert run(["plan", str(WAN_14B), f"model.path={tmp_path}/other"]) == 2
+    assert "transformer/config.json has no ffn_dim" in capsys.readouterr().err
+
+
+def test_a_cluster_belongs_to_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status", str(WAN_14B), "--cluster", str(NODE)]) == 2
+    assert "--cluster belongs to plan" in capsys.readouterr().err
+
+
+def test_people_read_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(WAN_14B), "--cluster", str(NODE)]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "14,288,491,584 parameters",
+        "32760 tokens, 512 of the text",
+        "80.56 PFLOP a step, 53% of it attention; 107.4 PFLOP with what is computed again",
+        "replicate 1 x shard 8",
+        "if 35% of H100-80GB's peak is reached (an assumption)",
+        "epoch       unknown until preprocess has planned the clips",
+    ):
+        assert part in text, text

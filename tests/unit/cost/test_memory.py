@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes of weights and optimizers against real ones, and what a layout does to each part."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvideo.config.architectures import release
+from fastvideo.config.recipe import Recipe
+from fastvideo.cost.layers import Tokens
+from fastvideo.cost.memory import GIB, Memory, memory, optimizer_bytes, parameters_of
+from fastvideo.cost.transformer import layers, parameters
+from fastvideo.models.tiny_configs import TRANSFORMERS
+from fastvideo.train.optimizer import build_optimizer
+from tests.tiny_models import build
+from tests.tiny_world import PAIRS
+
+RECIPES = Path(__file__).parents[3] / "configs/recipes"
+WAN_14B = release("wan2.1_t2v_14b").transformer
+
+
+def recipe(*overrides: str, name: str = "wan2.1_t2v_14b_full") -> Recipe:
+    return Recipe.load(RECIPES / f"{name}.yaml", ["train.global_batch_size=16", *overrides])
+
+
+def of(*overrides: str, processes: int = 8, shard: int = 1) -> Memory:
+    return memory(recipe(*overrides), WAN_14B, processes=processes, shard=shard)
+
+
+def bytes_of(value: Any) -> int:
+    """Memory of a state tensor, also of torchao's, which are several."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return 0
+    names = getattr(value, "tensor_attrs", None)
+    parts = [getattr(value, name) for name in names] if names else [value]
+    return sum(part.untyped_storage().nbytes() for part in parts)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("index", [1, 4, 6], ids=lambda index: str(PAIRS[index]))
+def test_optimizers_hold_what_is_counted(index: int, kind: str) -> None:
+    if kind == "adamw_8bit":
+        pytest.importorskip("torchao")
+    pair = PAIRS[index]
+    spec = recipe(f"train.optimizer.kind={kind}").train
+    model = build(pair)
+    optimizer = build_optimizer(model, spec.optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+    measured = sum(bytes_of(v) for state in optimizer.state.values() for v in state.values())
+    found = layers(TRANSFORMERS[pair.family, pair.task], pair.family, Tokens(video=1, text=1))
+    counted = parameters_of(found, spec, spread=False)
+    assert sum(optimizer_bytes(p, spec, shard=1) for p in counted) == measured
+
+
+def test_whole_copies_are_of_16_bytes_a_parameter_and_what_is_computed_with() -> None:
+    number = parameters(WAN_14B, "wan2.1")
+    exact = of("train.dtype=float32")
+    assert exact.weights == exact.gradients == 4 * number and exact.optimizer == 8 * number
+    mixed = of("train.activation_checkpointing=none")
+    assert mixed.weights == pytest.approx(6 * number, rel=1e-3)
+    assert mixed.gradients == 4 * number and mixed.optimizer == 8 * number
+
+
+def test_shards_divide_weights_gradients_and_optimizer() -> None:
+    whole, spread = of("train.dtype=float32"), of("train.dtype=float32", shard=8)
+    assert spread.gradients == pytest.approx(whole.gradients / 8, rel=1e-3)
+    assert spread.optimizer == 2 * spread.gradients
+    assert spread.activations == whole.activations
+    assert spread.workspace > whole.workspace  # gathered blocks
+
+
+def test_eight_bits_take_a_quarter_of_the_optimizer() -> None:
+    small = of("train.optimizer.kind=adamw_8bit").optimizer
+    assert small / of().optimizer == pytest.approx((2 + 8 / 256) / 8, rel=0.01)
+
+
+def test_the_host_holds_what_the_gpu_does_not() -> None:
+    there, here = of(shard=8), of("parallel.cpu_offload=true", shard=8)
+    assert here.host == pytest.approx(16 * parameters(WAN_14B, "wan2.1") / 8, rel=0.01)
+    assert here.gradients + here.optimizer < GIB / 10
+    assert here.total < there.total - here.host * 0.9
+    assert there.host == 0 and "host" not in there.parts()
+
+
+def test_processes_that_share_a_sample_hold_less_of_it() -> None:
+    alone, shared = of(shard=8), of("parallel.sequence=4", shard=8)
+    assert shared.activations < 0.35 * alone.activations
+    assert shared.workspace < alone.workspace
+
+
+def test_a_micro_batch_counts_in_activations_only() -> None:
+    """One of several samples takes part in sums; the text is padded, so it counts as well."""
+    one, two = (of(f"train.micro_batch_size={n}", shard=8) for n in (1, 2))
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.02)
+    assert (two.gradients, two.optimizer) == (one.gradients, one.optimizer)
+
+
+def test_policies_of_checkpointing_order_the_memory() -> None:
+    none, selective, full = (
+        of(f"train.activation_checkpointing={policy}", shard=8).activations
+        for policy in ("none", "selective", "full")
+    )
+    assert full < selective < none
+    # Outputs of two attentions of each block, bfloat16, and the float32 sums of 40 heads.
+    kept = 40 * 2 * 32760 * (2 * 5120 + 4 * 40)
+    inputs = 40 * 32760 * 5120 * 2
+    assert selective > kept + inputs and full > inputs
