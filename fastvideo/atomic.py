@@ -108,7 +108,10 @@ def alone(lock: Path, *, busy: str, wait_s: float = 0.0) -> Iterator[IO[str]]:
         file.truncate(0)
         file.write(f"{socket.gethostname()} {os.getpid()}\n")
         file.flush()
-        yield file
+        try:
+            yield file
+        finally:
+            file.truncate(0)
 
 
 def share(file: IO[str], *, busy: str) -> None:

@@ -19,6 +19,7 @@ from fastvideo.preprocess import preprocess
 from fastvideo.state import RunDir, read_checkpoint_marker
 from fastvideo.train import worker
 from fastvideo.train.launcher import train
+from tests.records import exact
 from tests.tiny_world import Done, Pair, World, fastvideo, in_fork, make_world, passes
 
 HIGH, LOW = "transformer", "transformer_2"
@@ -104,9 +105,8 @@ def equal(one: Any, other: Any) -> bool:
 
 def records(run_dir: Path, folder: str) -> list[dict[str, Any]]:
     """Metrics of one expert without times."""
-    timed = ("samples_per_s", "data_wait_share", "memory_gib")
     lines = RunDir(run_dir).training(folder).metrics.read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+    return [exact(json.loads(line)) for line in lines]
 
 
 def losses(run_dir: Path, folder: str) -> list[float]:
