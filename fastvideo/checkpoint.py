@@ -263,10 +263,23 @@ def load(folder: Path, saved: Saved, *, group: dist.ProcessGroup | None = None) 
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Read only the model's weights of a complete checkpoint."""
+    """Read only the model's weights of a complete checkpoint; see `verify`."""
     wanted = model.state_dict()
     _load(folder, {"model": wanted})
     model.load_state_dict(wanted)
+
+
+def read_tensors(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read some of the model's tensors in a complete checkpoint, and nothing else, to the host.
+
+    They have the shapes and dtypes of ``like``; numbers are rounded where its dtype is narrower.
+
+    Raises:
+        UserError: The checkpoint lacks some, or has them with other shapes.
+    """
+    found = {name: torch.empty_like(tensor, device="cpu") for name, tensor in like.items()}
+    _load(folder, {"model": found})
+    return found
 
 
 def crc32(path: Path) -> int:

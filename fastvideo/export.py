@@ -102,8 +102,10 @@ def _write(
 
 
 def _write_transformer(recipe: Recipe, target: Path, *, base: Path, checkpoint: Path) -> None:
+    from fastvideo.checkpoint import verify
     from fastvideo.export_weights import write_weights
 
+    verify(checkpoint)
     # Cast as loading does: some parts of a model stay float32.
     model: Any = find_family(recipe).empty_transformer(
         base, folder=target.name, dtype=recipe.export.dtype

@@ -2,7 +2,6 @@
 """The weights of a checkpoint as files that diffusers loads, one file in memory at a time."""
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,8 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from fastvideo.errors import UserError
+from fastvideo.checkpoint import read_tensors
 from fastvideo.models.weights import DTYPES, INDEX, NAME
 
 ALIGNMENT = 64
@@ -72,24 +68,3 @@ def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             stream.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-
-
-def read_tensors(checkpoint: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read tensors of the model in a complete checkpoint, and nothing else, to the host.
-
-    They have the shapes and dtypes of ``like``; numbers are rounded where its dtype is narrower.
-
-    Raises:
-        UserError: The checkpoint is damaged, lacks some or has them with other shapes.
-    """
-    found = {name: torch.empty_like(tensor, device="cpu") for name, tensor in like.items()}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-            dcp_load({"model": found}, storage_reader=FileSystemReader(checkpoint), no_dist=True)
-    except (CheckpointException, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{checkpoint}: does not fit the model of this recipe or is damaged ({error}); choose "
-            "the recipe it was trained with, or remove the folder to go on from the one before"
-        ) from error
-    return found

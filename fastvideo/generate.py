@@ -170,11 +170,12 @@ def _load(recipe: Recipe, path: str, checkpoints: dict[str, Path]) -> "Diffusion
     )
     transformers = {}
     for name, checkpoint in checkpoints.items():
-        from fastvideo.checkpoint import load_weights
+        from fastvideo.checkpoint import load_weights, verify
         from fastvideo.models.weights import materialise
 
         model: Any = family.empty_transformer(folder, folder=name, dtype=spec.dtype)
         materialise(model, "cpu")
+        verify(checkpoint)
         load_weights(checkpoint, model)
         transformers[name] = model
     return family.load_pipeline(folder, settings=settings, transformers=transformers)

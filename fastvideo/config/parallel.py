@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `parallel` table of a recipe: how many processes train together and what each of them holds."""
+"""The `parallel` table of a recipe: how many processes train together, and what each one holds."""
 
 from typing import Literal, Self
 

@@ -16,12 +16,14 @@ from typing import IO, Any
 
 from fastvideo import atomic, hashing, state
 from fastvideo.config.recipe import Recipe
+from fastvideo.cost import layout
 from fastvideo.errors import Stopped, UserError
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
-from fastvideo.models.folder import content_hash, find_model
+from fastvideo.models.folder import content_hash, find_model, read_config
 from fastvideo.state import RunDir, ShardStore, TrainDir
 from fastvideo.train import attempts, parent
+from fastvideo.train.installed import check_optimizer, check_trackers
 from fastvideo.train.lifeline import LAST_BREATH_S
 from fastvideo.train.nodes import Nodes, read_nodes
 from fastvideo.train.process import Process
@@ -97,6 +99,8 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
             held[name] = locks.enter_context(_alone(directory)) if start.leads else None
             if not force:
                 _check_begun(recipe, directory, about[name])
+            if not _finished(directory, recipe):
+                _check_machine(recipe, name, nodes)
         return {
             "trained": {
                 name: _train(recipe, name, plan=plan, about=about[name], start=start, lock=lock)
@@ -142,6 +146,16 @@ def _busy(directory: TrainDir) -> str:
         f"{directory.root}: another process trains here; wait for it or stop it, or choose another "
         "run_dir"
     )
+
+
+def _check_machine(recipe: Recipe, transformer: str, nodes: Nodes) -> None:
+    """What is asked for must be installed here, and divide among the processes."""
+    check_optimizer(recipe.train.optimizer, device=recipe.train.device)
+    check_trackers(recipe.train)
+    config = read_config(find_model(recipe.model.path), f"{transformer}/config.json")
+    processes = _processes(recipe) * nodes.count
+    if found := layout.problems(recipe, config, processes=processes):
+        raise UserError("\n".join(found))
 
 
 def _check_begun(recipe: Recipe, directory: TrainDir, about: dict[str, Any]) -> None:

@@ -93,6 +93,18 @@ def test_if_all_are_damaged_nothing_starts_anew_by_itself(world: World, tmp_path
     assert "every checkpoint is damaged; remove the folder to start anew" in found.err
 
 
+@pytest.mark.parametrize("verb", ["export", "generate"])
+def test_a_damaged_checkpoint_is_neither_exported_nor_sampled(
+    world: World, tmp_path: Path, verb: str
+) -> None:
+    where = (f"run_dir={tmp_path}", "generate.weights=checkpoint")
+    assert fastvideo("train", world, *where, *QUIET, "train.steps=1").code == 0
+    damage(RunDir(tmp_path).training(), 1)
+    found = fastvideo(verb, world, *where)
+    assert found.code == 2
+    assert ".distcp: is damaged (its checksum differs)" in found.err
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, *, mib: float) -> Iterator[Path]:
     """A file system of its own, so that it can be full."""

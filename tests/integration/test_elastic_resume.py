@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run goes on with another number of processes: the same samples and noise, no loss, no repeat."""
+"""A run goes on with other numbers of processes: the same samples and noise, none lost or twice."""
 
 from collections import Counter
 from pathlib import Path

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from fastvideo.checkpoint import read_tensors
 from fastvideo.errors import UserError
-from fastvideo.export_weights import read_tensors, write_weights
+from fastvideo.export_weights import write_weights
 from fastvideo.models.parts import empty_part
 from fastvideo.models.tiny import write_tiny
 from fastvideo.models.weights import INDEX, WeightFiles
