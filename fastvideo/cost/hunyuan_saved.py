@@ -60,7 +60,8 @@ class HunyuanSaved:
         batch, patch = self._tokens.batch, config.get("patch_size", 2)
         text = self._refined(tape)
         channels = config["in_channels"] * patch**2 * config.get("patch_size_t", 1)
-        video = tape.linear(Value(self._video, channels, FLOAT32), wide)
+        tape.latents(batch * self._tokens.video, self._video, channels)
+        video = Value(self._video, wide, tape.size)
         self._steps(tape)
         if config.get("guidance_embeds"):
             self._steps(tape)

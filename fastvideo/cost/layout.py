@@ -136,13 +136,13 @@ def _partners(replicate: int, shard: int, processes: int) -> list[tuple[str, int
 def _optimizer_problems(recipe: Recipe, processes: int) -> list[str]:
     parallel = recipe.parallel
     shard = parallel.shard or (processes // parallel.replicate if parallel.replicate else 1)
-    if parallel.cpu_offload and not parallel.shard:
-        shard = processes // (parallel.replicate or 1)
-    if recipe.train.optimizer.kind != "apex_adamw" or shard == 1:
+    spread = shard > 1 or parallel.cpu_offload
+    if recipe.train.optimizer.kind != "apex_adamw" or not spread:
         return []
+    why = "parallel.cpu_offload=true" if parallel.cpu_offload else f"parallel.shard is {shard}"
     return [
-        f"train.optimizer.kind=apex_adamw: works with whole weights only, here parallel.shard is "
-        f"{shard}; use adamw, or parallel.shard=1 without parallel.cpu_offload"
+        f"train.optimizer.kind=apex_adamw: works with whole weights only, here {why}; use adamw, "
+        "or parallel.shard=1 without parallel.cpu_offload"
     ]
 
 

@@ -67,6 +67,10 @@ class Tape:
         self.keep(x)
         return Value(x.rows, width, self.size)
 
+    def latents(self, rows: int, ours: int, width: int) -> None:
+        """The convolution of the latents' patches, ``ours`` of all ``rows``: a view, or a cast."""
+        self.keep(Value(rows if self.size == FLOAT32 else ours, width, self.size))
+
     def activation(self, x: Value) -> Value:
         """GELU or SiLU."""
         self.keep(x)

@@ -52,7 +52,8 @@ class WanSaved:
         angles = Value(2 * tokens.video, config["attention_head_dim"], FLOAT32)
         condition = Conditioning(modulation, text, self._image(tape), angles)
         patch = config["in_channels"] * math.prod(config["patch_size"])
-        return tape.linear(Value(self._rows, patch, FLOAT32), wide), condition
+        tape.latents(tokens.batch * tokens.video, self._rows, patch)
+        return Value(self._rows, wide, tape.size), condition
 
     def block(self, tape: Tape, kind: str, x: Value, condition: Conditioning) -> Value:
         """One block; there is one kind."""

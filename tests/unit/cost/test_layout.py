@@ -114,6 +114,8 @@ def test_samples_are_dealt_out_evenly() -> None:
 def test_whole_weights_are_what_apex_takes() -> None:
     text = wrong(LARGE, "train.optimizer.kind=apex_adamw", "parallel.shard=8", processes=8)
     assert "apex_adamw: works with whole weights only, here parallel.shard is 8" in text
+    text = wrong(LARGE, "train.optimizer.kind=apex_adamw", "parallel.cpu_offload=true", processes=1)
+    assert "whole weights only, here parallel.cpu_offload=true" in text
 
 
 def test_all_mistakes_are_told_at_once() -> None:
