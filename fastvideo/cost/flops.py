@@ -71,8 +71,11 @@ def hardware_flops(recipe: Recipe, config: Mapping[str, Any]) -> Flops:
     training = training_flops(recipe, config)
     if policy == "none":
         return training
-    again = _count(_blocks_only(layers(config, recipe.model.family, tokens_of(recipe, config))))
-    attention = 0 if policy == "selective" else again.attention
+    blocks = _blocks_only(layers(config, recipe.model.family, tokens_of(recipe, config)))
+    again = _count(blocks)
+    attention = again.attention
+    if policy == "selective":  # tokens' attention to each other is kept
+        attention = sum(a.flops for a in blocks.attentions if a.queries != a.keys)
     return Flops(training.linear + again.linear, training.attention + attention, training.skipped)
 
 

@@ -149,7 +149,7 @@ class HunyuanSaved:
 
     def _modulated(self, tape: Tape, x: Value) -> Value:
         vectors = Value(self._tokens.batch, self._wide, tape.size)
-        return tape.like(tape.multiply(tape.layer_norm(x), vectors))
+        return tape.cast(tape.like(tape.multiply(tape.layer_norm(x), vectors)), x.size)
 
     def _projections(self, tape: Tape, x: Value) -> list[Value]:
         q, k, v = self._linears(tape, x)
@@ -157,7 +157,7 @@ class HunyuanSaved:
         return [*(tape.like(y) for y in normed), v]
 
     def _linears(self, tape: Tape, x: Value) -> list[Value]:
-        """Queries, keys and values; autocast makes a copy of ``x`` for each."""
+        """Queries, keys and values."""
         return [tape.linear(x, self._wide) for _ in range(3)]
 
     def _attend(self, tape: Tape, joined: list[Value], condition: Conditioning) -> Value:

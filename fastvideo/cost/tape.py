@@ -110,5 +110,6 @@ class Tape:
         q, k, v = (self.cast(x, self.size) for x in (q, k, v))
         out, sums = self.like(q), Value(q.rows, heads, FLOAT32)
         self.keep(q, k, v, out, sums)
-        self.attended += [out, sums]
+        if k.rows == q.rows:  # to each other, not to a text
+            self.attended += [out, sums]
         return out

@@ -26,7 +26,8 @@ ATTENTION = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-"""What ``selective`` keeps: half of a block's arithmetic or more, for one tensor of its tokens."""
+"""What ``selective`` keeps where tokens attend to each other: half of a block's arithmetic or more,
+for one tensor of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -70,5 +71,8 @@ def recomputed(block: Block, recompute: Recompute) -> Block:
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    kept = operation in ATTENTION
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    if operation in ATTENTION:
+        query_BHSK, key_BHNK = arguments[:2]
+        if query_BHSK.shape[2] == key_BHNK.shape[2]:  # else to a text, which is cheap
+            return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

@@ -267,9 +267,12 @@ def single_block(
 
 
 def modulate(norm: nn.Module, x_BSD: Tensor, modulation: Modulation) -> Tensor:
-    """Normalise, then scale and shift."""
+    """Normalise, then scale and shift; in the dtype of ``x``.
+
+    Autocast normalises in float32, and would cast the result for each projection that takes it.
+    """
     out: Tensor = norm(x_BSD) * (1 + modulation.scale_B1D) + modulation.shift_B1D
-    return out
+    return out.to(x_BSD.dtype)
 
 
 def joint_attention(video: Projections, text: Projections, condition: Conditioning) -> Tensor:

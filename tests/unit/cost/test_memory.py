@@ -107,7 +107,7 @@ def test_policies_of_checkpointing_order_the_memory() -> None:
         for policy in ("none", "selective", "full")
     )
     assert full < selective < none
-    # Outputs of two attentions of each block, bfloat16, and the float32 sums of 40 heads.
-    kept = 40 * 2 * 32760 * (2 * 5120 + 4 * 40)
+    # Output of the self-attention of each block, bfloat16, and the float32 sums of 40 heads.
+    kept = 40 * 32760 * (2 * 5120 + 4 * 40)
     inputs = 40 * 32760 * 5120 * 2
     assert selective > kept + inputs and full > inputs
