@@ -96,7 +96,8 @@ def test_what_is_computed_again_is_no_work_of_the_model() -> None:
     model = {training_flops(spec, config) for spec in found.values()}
     none, selective, full = (hardware_flops(spec, config) for spec in found.values())
     assert model == {none}
-    assert none.attention == selective.attention < full.attention
+    to_the_text = 30 * 4 * 32760 * 512 * 1536
+    assert selective.attention == none.attention + to_the_text < full.attention
     assert none.linear < selective.linear == full.linear
     assert full.total / none.total == pytest.approx(4 / 3, rel=0.01)
 
