@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchao's 8-bit AdamW, made to resume in any layout and to take learning rates as numbers.
+"""torchao's 8-bit AdamW, made to train and to resume in any layout.
 
 Imports torchao: import this file only where that optimizer is chosen.
 """
@@ -10,14 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.utils import disable_cache_limit
+from torch.distributed.tensor import DTensor
 from torchao import optim
+from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_8bit import OptimState8bit
 
 BLOCK = 256
 """Numbers that share a scale (Dettmers et al., 2022)."""
 
 warnings.filterwarnings("ignore", message="OptimState8bit does not implement _stable_hash")
+_compiled_step = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
 
 
 class AdamW8bit(optim.AdamW8bit):  # type: ignore[misc]
@@ -25,7 +29,11 @@ class AdamW8bit(optim.AdamW8bit):  # type: ignore[misc]
 
     Blocks never cross rows here, else float32 stays: a parameter is split over processes between
     its rows, so that states are the same numbers, and fit into each other, however many processes
-    share it. torchao decides by the size of a part. Steps are compiled, once for each shape.
+    share it. torchao decides by the size of a part.
+
+    Steps are compiled, once for each shape of a part. torchao compiles them for DTensors, whose
+    parts may differ in shape; torch's cache of compiled graphs (2.13) does not look at that and
+    hands one process the code of another, which then writes nothing, or beyond its part.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -34,22 +42,52 @@ class AdamW8bit(optim.AdamW8bit):  # type: ignore[misc]
         super().add_param_group(param_group)
         self.param_groups[-1]["lr"] = lr
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Make a step; torchao wants the learning rate as a tensor meanwhile."""
-        rates = [group["lr"] for group in self.param_groups]
-        for group, lr in zip(self.param_groups, rates, strict=True):
-            group["lr"] = torch.tensor(float(lr))
-        try:
-            return super().step(closure)
-        finally:
-            for group, lr in zip(self.param_groups, rates, strict=True):
-                group["lr"] = lr
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Make a step with the gradients that are there."""
+        assert closure is None
+        with disable_cache_limit():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step_of(parameter, group)
+
+    def _step_of(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = self._new_buffer(parameter, True)
+            state["exp_avg_sq"] = self._new_buffer(parameter, False)
+        state["step"] += 1
+        ours = _part(parameter.detach())
+        if ours.numel() == 0:
+            return
+        assert parameter.grad is not None
+        _compiled_step(  # type: ignore[no-untyped-call]
+            ours,
+            _part(parameter.grad),
+            state["step"],
+            _part(state["exp_avg"]),
+            _part(state["exp_avg_sq"]),
+            None,
+            torch.tensor(float(group["lr"])),
+            *group["betas"],
+            group["weight_decay"],
+            group["eps"],
+            IS_ADAMW=True,
+            BF16_STOCHASTIC_ROUND=False,
+        )
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
         if p.ndim >= 2 and math.prod(p.shape[1:]) % BLOCK == 0:
             quantized: Tensor = super()._new_buffer(p, signed)
             return quantized
         return torch.zeros_like(p)
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @OptimState8bit.implements([torch.ops.aten.clone.default, torch.ops.aten._to_copy.default])  # type: ignore[untyped-decorator]

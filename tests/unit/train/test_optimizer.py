@@ -321,14 +321,15 @@ def test_a_restart_continues_bit_for_bit_in_the_same_and_any_other_layout(
         assert all(torch.equal(a, b) for a, b in pairs), (saved_by, count)
 
 
-def test_a_compiled_step_of_shared_weights_is_that_of_whole_ones(
+def test_compiled_steps_of_shared_weights_are_those_of_whole_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")  # for one kernel
 
-    def step(rank: int, *, spread: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        model = nn.Linear(256, 64, bias=False)
+    def steps(rank: int, *, spread: bool) -> list[Tensor]:
+        model = nn.Linear(8192, 1, bias=False)  # of two processes one holds its only row
+        nn.init.constant_(model.weight, 0.1)
         if spread:
             fully_shard(model)
         else:
@@ -336,15 +337,16 @@ def test_a_compiled_step_of_shared_weights_is_that_of_whole_ones(
         optimizer = build_optimizer(model, EIGHT_BIT)
         for number in range(2):
             generator = torch.Generator().manual_seed(number)
-            model(torch.randn(8, 256, generator=generator)).square().mean().backward()
+            model(torch.randn(8, 8192, generator=generator)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        return [whole(model.weight), whole(read(optimizer.state[model.weight]["exp_avg"]))]
+        return state((model, optimizer))
 
-    expected = in_ranks(1, partial(step, spread=False))[0]
-    for found in in_ranks(2, partial(step, spread=True)):
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    expected = in_ranks(1, partial(steps, spread=False))[0]
+    for _ in ("maybe compiled here", "from the cache that all processes share"):
+        for found in in_ranks(2, partial(steps, spread=True)):
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 # ---------------------------------------------------------------- what is installed
