@@ -7,7 +7,9 @@ instead of two; it takes ten minutes.
 
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,12 +128,7 @@ def test_whoever_is_killed_at_whatever_moment_no_bit_changes(
         command.signal(signal.SIGKILL, *pids(command))
         assert_dead(command, target)
     kill_in_saves(world, undisturbed, tmp_path)
-    moments = random.Random(1)
-    for _ in range(RANDOM_KILLS):
-        # Whoever kills for fun says --force: some of these starts gain no step.
-        command = start(world, tmp_path, "--force")
-        time.sleep(moments.uniform(0, undisturbed.seconds))
-        kill(command, moments.choice([*TARGETS.values()]))
+    kill_at_random(world, undisturbed, tmp_path)
     command = start(world, tmp_path, "--force")
     code, said = command.ended()
     assert code == 0, said
@@ -164,6 +161,22 @@ def kill_in_saves(world: World, undisturbed: Undisturbed, run_dir: Path) -> None
             assert point == "checkpoint.prune:1", "the parent removes old checkpoints too"
         else:
             assert code == 1 and "was killed by SIGKILL" in said, (point, said)
+
+
+def kill_at_random(world: World, undisturbed: Undisturbed, run_dir: Path) -> None:
+    """Kill whoever is there after some time; begin anew whenever a start finished before that."""
+    moments, killed = random.Random(1), 0
+    while killed < RANDOM_KILLS:
+        # Whoever kills for fun says --force: some of these starts gain no step.
+        command = start(world, run_dir, "--force")
+        try:
+            code = command.process.wait(moments.uniform(0, undisturbed.seconds))
+            assert code == 0, command.said.read_text()
+            assert_same(run_dir, undisturbed.run_dir)
+            shutil.rmtree(run_dir)
+        except subprocess.TimeoutExpired:
+            kill(command, moments.choice([*TARGETS.values()]))
+            killed += 1
 
 
 def kill(command: Command, pids: Callable[[Command], list[int]]) -> None:
