@@ -17,7 +17,8 @@ from fastvideo import state
 from fastvideo.data.loader import Sample as Stored
 from fastvideo.data.loader import Samples
 from fastvideo.models.family import find_family, pad_text
-from fastvideo.models.tiny_configs import IMAGE_DIM, POOLED_DIM, TEXT_DIM, write_tiny
+from fastvideo.models.tiny import write_tiny
+from fastvideo.models.tiny_configs import IMAGE_DIM, POOLED_DIM, TEXT_DIM
 from fastvideo.preprocess import preprocess
 from fastvideo.state import RunDir, ShardStore
 from fastvideo.train.launcher import train
