@@ -58,7 +58,7 @@ def _launch(brief: Brief, path: Path) -> list[Death]:
     try:
         elastic_launch(_config(brief), sys.executable)(*arguments)
     except ChildFailedError as failed:
-        beats = read_beats(brief.pulses, brief.processes)
+        beats = read_beats(brief.pulses)
         return [
             _death(rank, failure, step=beats[rank].step if rank in beats else 0)
             for rank, failure in failed.failures.items()

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the processes of a launch ended, and which of them was the first to fail."""
 
+import contextlib
 import dataclasses
+import json
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +36,12 @@ class Outcome:
         """Write it to its place in the launch folder."""
         atomic.write_json(launch.outcome(self.rank), dataclasses.asdict(self), point="outcome")
 
+    def text(self) -> str:
+        """It as one line that ``read_outcomes`` understands; the end of a long traceback."""
+        shown = "\n".join(self.traceback.rstrip().splitlines()[-SHOWN_LINES:])
+        short = dataclasses.replace(self, message=self.message[:1500], traceback=shown[-2500:])
+        return json.dumps(dataclasses.asdict(short), ensure_ascii=False)
+
 
 @dataclass(frozen=True)
 class Death:
@@ -51,9 +59,12 @@ class Death:
     """The last that it began."""
 
 
-def read_outcomes(launch: LaunchDir) -> dict[int, Outcome]:
-    """Outcomes by rank, of all nodes."""
+def read_outcomes(launch: LaunchDir, words: Iterable[str] = ()) -> dict[int, Outcome]:
+    """Outcomes by rank: those in the launch folder, and those told as ``words``."""
     trees = [tree for _, tree in _read(launch, "rank-*.json")]
+    for text in words:
+        with contextlib.suppress(json.JSONDecodeError):  # more than there was room for
+            trees.insert(0, json.loads(text))  # the file says more, if there is one
     return {tree["rank"]: Outcome(**tree) for tree in trees}
 
 
@@ -81,7 +92,7 @@ def _read(launch: LaunchDir, pattern: str) -> list[tuple[int, Any]]:
     return found
 
 
-def first_failure(launch: LaunchDir) -> UserError | Failed:
+def first_failure(launch: LaunchDir, words: Sequence[str] = ()) -> UserError | Failed:
     """What went wrong first, for the user.
 
     What processes say they know counts before what happened to them: a hang, a mistake in the
@@ -92,8 +103,9 @@ def first_failure(launch: LaunchDir) -> UserError | Failed:
     hangs = sorted((tree for _, tree in _read(launch, "node-*.hang.json")), key=_time)
     if hangs:
         return Failed(hangs[0]["message"])
-    outcomes = sorted(read_outcomes(launch).values(), key=lambda outcome: outcome.time)
-    deaths = [death for death in read_deaths(launch) if death.rank not in read_outcomes(launch)]
+    by_rank = read_outcomes(launch, words)
+    outcomes = sorted(by_rank.values(), key=lambda outcome: outcome.time)
+    deaths = [death for death in read_deaths(launch) if death.rank not in by_rank]
     for outcome in outcomes:
         if outcome.kind == "user_error":
             return UserError(outcome.message)

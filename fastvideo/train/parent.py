@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +77,10 @@ def train(work: Work, *, stop: StopRequest, finished: Callable[[], bool]) -> Non
             while _runs(agent) and not watch.is_over():
                 _pass_on(stop, work, launch, pulses)
             code = agent.poll()
+        words = pulses.words()
     if stop.reason():
         stop.honour()
-    _judge(launch, nodes, finished, code=code)
+    _judge(_End(launch, nodes, code, words), finished)
 
 
 def _pass_on(stop: StopRequest, work: Work, launch: LaunchDir, pulses: Pulses) -> None:
@@ -182,20 +183,24 @@ class _Watch:
         time.sleep(1)
 
 
-def _judge(
-    launch: LaunchDir, nodes: Nodes, finished: Callable[[], bool], *, code: int | None
-) -> None:
-    """Return if all is done, else raise what became of it; saved state counts, not exit codes.
+@dataclass(frozen=True)
+class _End:
+    """What a launch left."""
 
-    Args:
-        launch: Its files.
-        nodes: All nodes; what others write is seen a little later.
-        finished: Looks at the saved state.
-        code: The agent's exit code, None if it had to be killed.
-    """
-    deadline_s = time.monotonic() + (OTHERS_S if nodes.count > 1 else 0)
-    while True:
-        outcomes = read_outcomes(launch)
+    launch: LaunchDir
+    nodes: Nodes
+    code: int | None
+    """The agent's exit code, None if it had to be killed."""
+    words: Sequence[str]
+    """Last words of this node's processes."""
+
+
+def _judge(end: _End, finished: Callable[[], bool]) -> None:
+    """Return if all is done, else raise what became of it; saved state counts, not exit codes."""
+    launch, code = end.launch, end.code
+    deadline_s = time.monotonic() + (OTHERS_S if end.nodes.count > 1 else 0)
+    while True:  # what other nodes wrote is seen a little later
+        outcomes = read_outcomes(launch, end.words)
         if finished():
             if code != 0:
                 logger.warning("a process failed after all was saved; see %s", launch.root)
@@ -211,4 +216,4 @@ def _judge(
             f"the process that starts all others of this node was killed by "
             f"{signal.Signals(-code).name}, most likely out of host memory; see {launch.root}"
         )
-    raise first_failure(launch)
+    raise first_failure(launch, end.words)

@@ -15,8 +15,8 @@ from typing import Self
 from fastvideo.errors import EXIT_UNEXPECTED
 from fastvideo.log import logger
 
-SIZE = 128
-"""Bytes of the record of one process."""
+SIZE, WORDS = 128, 16384
+"""Bytes of the beat of one process, and of its last words, which follow."""
 START, ENDED = "start", "ended"
 """The phases before a process trains and after all is done."""
 START_MINUTES = 10.0
@@ -45,7 +45,7 @@ class Pulse:
     def __init__(self, path: str, *, rank: int, local_rank: int) -> None:
         """``path`` as the parent's ``Pulses`` say it."""
         self._file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        self._offset, self._about = local_rank * SIZE, f"{rank} {os.getpid()}"
+        self._offset, self._about = local_rank * (SIZE + WORDS), f"{rank} {os.getpid()}"
         self.step = 0
 
     def beat(self, step: int, phase: str) -> None:
@@ -54,15 +54,18 @@ class Pulse:
         record = f"{self._about} {step} {phase} {time.monotonic():.6f}\n"
         os.pwrite(self._file, record.encode().ljust(SIZE)[:SIZE], self._offset)
 
+    def tell(self, words: str) -> None:
+        """Leave last words, which reach the parent even where the disk is full."""
+        os.pwrite(self._file, words.encode()[:WORDS], self._offset + SIZE)
+
 
 class Pulses:
     """The beats of the processes of a node, in memory that ends with the parent."""
 
     def __init__(self, processes: int) -> None:
         """Room for so many processes."""
-        self._processes = processes
         self._file = os.memfd_create("fastvideo-pulses", os.MFD_CLOEXEC)
-        os.truncate(self._file, processes * SIZE)
+        os.truncate(self._file, processes * (SIZE + WORDS))
 
     def __enter__(self) -> Self:
         """Nothing."""
@@ -79,16 +82,25 @@ class Pulses:
 
     def read(self) -> dict[int, Beat]:
         """The last beat of each process that said something, by rank."""
-        return read_beats(self.path, self._processes)
+        return read_beats(self.path)
+
+    def words(self) -> list[str]:
+        """The last words of the processes that had some."""
+        slots = _slots(self.path)
+        return [slot[SIZE:].rstrip(b"\0").decode(errors="replace") for slot in slots if slot[SIZE]]
 
 
-def read_beats(path: str, processes: int) -> dict[int, Beat]:
+def _slots(path: str) -> list[bytes]:
+    """What each process wrote."""
+    size, content = SIZE + WORDS, Path(path).read_bytes()
+    return [content[start : start + size] for start in range(0, len(content), size)]
+
+
+def read_beats(path: str) -> dict[int, Beat]:
     """The beats at ``Pulses.path``, by rank."""
     found = {}
-    records = Path(path).read_bytes()
-    for place in range(processes):
-        record = records[place * SIZE : (place + 1) * SIZE]
-        fields = record.rstrip(b"\0 \n").decode().split(" ")
+    for slot in _slots(path):
+        fields = slot[:SIZE].rstrip(b"\0 \n").decode().split(" ")
         if len(fields) == 5:
             rank, pid, step, phase, since_s = fields
             found[int(rank)] = Beat(int(rank), int(pid), int(step), phase, float(since_s))

@@ -4,6 +4,7 @@
 ``python -m fastvideo.train.rank BRIEF AGENT_PID``; torch is imported once signals and logs are set.
 """
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -45,10 +46,12 @@ def main(path: Path, *, agent: int) -> NoReturn:
         process = Process(stop=stop, pulse=pulse, rank=rank, local_rank=local_rank, count=count)
         kind, message, trace = _tried(lambda: _train(brief, process))
         last = Outcome(rank=rank, kind=kind, step=pulse.step, message=message, traceback=trace)
-        last.write(brief.launch)
+        pulse.tell(last.text())
         pulse.beat(pulse.step, ENDED)
-        with open(brief.launch.rank_log(rank), "a", encoding="utf-8") as file:
-            file.write(trace)  # the parent shows the first of all ranks
+        with contextlib.suppress(OSError):  # a full disk, say
+            last.write(brief.launch)
+            with open(brief.launch.rank_log(rank), "a", encoding="utf-8") as file:
+                file.write(trace)  # the parent shows the first of all ranks
         codes = {"finished": EXIT_DONE, "stopped": EXIT_DONE, "user_error": EXIT_USER_ERROR}
         _leave(codes.get(kind, EXIT_UNEXPECTED))
 

@@ -10,6 +10,7 @@ from typing import Any
 from fastvideo.errors import Failed, UserError
 from fastvideo.train.brief import LaunchDir
 from fastvideo.train.outcome import Death, Outcome, failed_nodes, first_failure
+from fastvideo.train.pulse import WORDS
 
 NOW = float(int(time.time()))
 
@@ -80,3 +81,12 @@ def test_a_hang_is_told_before_what_ending_it_did(tmp_path: Path) -> None:
     launch.hang(0).write_text(json.dumps({"message": "rank 3 hangs", "time": NOW}))
     assert str(failure(launch, died(0, "SIGABRT"))) == "rank 3 hangs"
     assert failed_nodes(launch) == {0, 1}
+
+
+def test_words_count_where_nothing_could_be_written(tmp_path: Path) -> None:
+    trace = "\n".join(f"line {number}" for number in range(10_000))
+    full = Outcome(0, "failed", 40, "the disk is full" + 9000 * ".", traceback=trace)
+    assert len(full.text().encode()) < WORDS
+    said = first_failure(LaunchDir(tmp_path / "nowhere"), [full.text()])
+    assert isinstance(said, Failed) and "the disk is full" in str(said)
+    assert "line 9999" in str(said) and "line 100\n" not in str(said)

@@ -27,11 +27,14 @@ def test_the_parent_reads_the_last_beat_of_each_process() -> None:
             pulse = Pulse(pulses.path, rank=7, local_rank=2)
             pulse.beat(41, "data")
             pulse.beat(42, "backward")
+            pulse.tell("done: " + 20000 * "ü")
 
         before_s = time.monotonic()
         assert wait_for(start_fork(child, environment={})) == 0
         (found,) = pulses.read().values()
         assert (found.rank, found.step, found.phase) == (7, 42, "backward")
+        (words,) = pulses.words()
+        assert words.startswith("done: üü") and len(words) > 8000, "as much as there is room for"
         assert before_s < found.since_s < time.monotonic() and found.pid != os.getpid()
 
 
