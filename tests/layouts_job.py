@@ -3,7 +3,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fastvideo.train import launcher, worker
 from fastvideo.train.draw import Draw, Drawn
 from fastvideo.train.process import Process
 from tests.ranks import NoStop, Silent, in_ranks
-from tests.tiny_world import World
+from tests.tiny_world import World, start_fork
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,32 @@ class Seen:
 
 def train_in(world: World, run_dir: Path, layout: Layout, *overrides: str) -> list[list[Seen]]:
     """Train in forked processes; the samples that each of them was given, in order."""
+    return in_ranks(layout.processes, _work(world, run_dir, layout, overrides), join=False)
+
+
+def start_training(
+    world: World,
+    run_dir: Path,
+    layout: Layout,
+    *overrides: str,
+    environments: Sequence[Mapping[str, str]],
+) -> list[int]:
+    """Start the processes of a training, each with an environment; their ids."""
+    work = _work(world, run_dir, layout, overrides)
+    return [
+        start_fork(functools.partial(_ended_well, work, rank), environment=environment)
+        for rank, environment in enumerate(environments)
+    ]
+
+
+def _ended_well(work: Callable[[int], object], rank: int) -> None:
+    work(rank)
+
+
+def _work(
+    world: World, run_dir: Path, layout: Layout, overrides: Sequence[str]
+) -> Callable[[int], list[Seen]]:
+    """What each process does."""
     recipe = world.load(f"run_dir={run_dir}", *layout.overrides(), *overrides)
     store = ShardStore(recipe.shards.path)
     plan = state.complete_plan(store)
@@ -70,7 +96,7 @@ def train_in(world: World, run_dir: Path, layout: Layout, *overrides: str) -> li
         worker.train(recipe, transformer=transformer, plan=plan, about=about, process=process)
         return seen
 
-    return in_ranks(layout.processes, work, join=False)
+    return work
 
 
 def _remembered(self: Draw, drawing: Any, seen: list[Seen], place: Any) -> Drawn:
