@@ -59,12 +59,14 @@ class Command:
 
     def agent(self) -> int:
         """The process that runs torchrun."""
-        (pid,) = (pid for pid, command in self.started().items() if "train.agent" in command)
+        (pid,) = (pid for pid, command in self.started().items() if "train.node.agent" in command)
         return pid
 
     def ranks(self) -> list[int]:
         """The processes that train, in the order in which they were started."""
-        return sorted(pid for pid, command in self.started().items() if "train.rank" in command)
+        return sorted(
+            pid for pid, command in self.started().items() if "train.node.rank" in command
+        )
 
     def signal(self, number: signal.Signals, *pids: int) -> None:
         """Send a signal to some processes, or to the command's own."""

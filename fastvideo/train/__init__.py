@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finetuning: the node's parent, its worker, the loop, and what they record."""
+"""Finetuning: the launcher, a worker, the loop, what they record; `node` runs several workers."""

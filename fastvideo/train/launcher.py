@@ -22,12 +22,13 @@ from fastvideo.log import logger
 from fastvideo.models.family import find_family
 from fastvideo.models.folder import content_hash, find_model, read_config
 from fastvideo.state import RunDir, ShardStore, TrainDir
-from fastvideo.train import attempts, parent
+from fastvideo.train import attempts
 from fastvideo.train.installed import check_optimizer, check_trackers
-from fastvideo.train.lifeline import LAST_BREATH_S
-from fastvideo.train.nodes import Nodes, read_nodes
+from fastvideo.train.node import parent
+from fastvideo.train.node.lifeline import LAST_BREATH_S
+from fastvideo.train.node.nodes import Nodes, read_nodes
+from fastvideo.train.node.pulse import Watched
 from fastvideo.train.process import Process
-from fastvideo.train.pulse import Watched
 from fastvideo.train.stop import StopRequest, stopped
 from fastvideo.trained import NAMES, model_facts
 

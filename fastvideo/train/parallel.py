@@ -3,7 +3,6 @@
 
 import contextlib
 import datetime
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -267,11 +266,3 @@ def _sum(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Te
     summed: Callable[[Any], Tensor] = lambda future: buffer.copy_(future.value()[0])  # noqa: E731
     future: torch.futures.Future[Tensor] = work.get_future().then(summed)
     return future
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back what torch says of settings that are meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters.*")
-        yield

@@ -10,7 +10,7 @@ from typing import Any, Self
 from fastvideo import atomic
 from fastvideo.errors import Stopped, UserError
 from fastvideo.state import RunDir, TrainDir
-from fastvideo.train.lifeline import SIGNALS
+from fastvideo.train.node.lifeline import SIGNALS
 
 STOP_FILE = "the STOP file"
 

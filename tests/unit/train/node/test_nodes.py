@@ -4,7 +4,7 @@
 import pytest
 
 from fastvideo.errors import UserError
-from fastvideo.train.nodes import Nodes, read_nodes
+from fastvideo.train.node.nodes import Nodes, read_nodes
 
 TWO = {
     "FASTVIDEO_NODES": "2",

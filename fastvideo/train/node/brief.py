@@ -9,7 +9,7 @@ from typing import Any, Self
 from fastvideo import atomic
 from fastvideo.config.recipe import Recipe
 from fastvideo.state import RunDir, TrainDir
-from fastvideo.train.nodes import Nodes
+from fastvideo.train.node.nodes import Nodes
 
 
 @dataclass(frozen=True)

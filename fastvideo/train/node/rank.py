@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of the processes that torchrun starts on a node: trains, and says how that ended.
 
-``python -m fastvideo.train.rank BRIEF AGENT_PID``; torch is imported once signals and logs are set.
+``python -m fastvideo.train.node.rank BRIEF AGENT_PID``; torch is imported once signals and logs are
+set.
 """
 
 import contextlib
@@ -25,11 +26,11 @@ from fastvideo.errors import (
     UserError,
 )
 from fastvideo.state import RunDir, ShardStore
-from fastvideo.train import lifeline
-from fastvideo.train.brief import Brief
-from fastvideo.train.outcome import Kind, Outcome
+from fastvideo.train.node import lifeline
+from fastvideo.train.node.brief import Brief
+from fastvideo.train.node.outcome import Kind, Outcome
+from fastvideo.train.node.pulse import ENDED, START, Pulse
 from fastvideo.train.process import Process
-from fastvideo.train.pulse import ENDED, START, Pulse
 from fastvideo.train.stop import StopRequest
 
 

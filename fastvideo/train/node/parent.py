@@ -17,11 +17,19 @@ from fastvideo.config.recipe import Recipe
 from fastvideo.errors import Failed, Stopped, UserError
 from fastvideo.log import logger
 from fastvideo.state import TrainDir
-from fastvideo.train import lifeline
-from fastvideo.train.brief import Brief, LaunchDir
-from fastvideo.train.nodes import LAUNCH_ID, Nodes
-from fastvideo.train.outcome import failed_nodes, first_failure, read_outcomes
-from fastvideo.train.pulse import ENDED, START, Beat, Pulses, Standstill, describe_hang, patience
+from fastvideo.train.node import lifeline
+from fastvideo.train.node.brief import Brief, LaunchDir
+from fastvideo.train.node.nodes import LAUNCH_ID, Nodes
+from fastvideo.train.node.outcome import failed_nodes, first_failure, read_outcomes
+from fastvideo.train.node.pulse import (
+    ENDED,
+    START,
+    Beat,
+    Pulses,
+    Standstill,
+    describe_hang,
+    patience,
+)
 from fastvideo.train.stop import StopRequest, stopped
 
 KEPT_LAUNCHES = 5
@@ -132,7 +140,7 @@ def _new_launch(directory: TrainDir, nodes: Nodes) -> LaunchDir:
 @contextmanager
 def _agent(brief: str, *, log: Path, pulses: Pulses) -> Iterator["subprocess.Popen[bytes]"]:
     """The process that runs torchrun; at the end it and all it started are gone."""
-    agent = lifeline.start("fastvideo.train.agent", [brief], log=log)
+    agent = lifeline.start("fastvideo.train.node.agent", [brief], log=log)
     try:
         yield agent
     finally:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from fastvideo.train.pulse import Beat, Pulse, Pulses, Standstill, Watched, describe_hang
+from fastvideo.train.node.pulse import Beat, Pulse, Pulses, Standstill, Watched, describe_hang
 from tests.tiny_world import start_fork, wait_for
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process in which torchrun's machinery starts and watches the processes of a node.
 
-``python -m fastvideo.train.agent BRIEF``; torch is imported once nothing can kill it by accident.
+``python -m fastvideo.train.node.agent BRIEF``; torch is imported once nothing can kill it by
+accident.
 """
 
 import dataclasses
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvideo import atomic
-from fastvideo.train import lifeline
-from fastvideo.train.brief import Brief
-from fastvideo.train.outcome import Death
-from fastvideo.train.pulse import read_beats
+from fastvideo.train.node import lifeline
+from fastvideo.train.node.brief import Brief
+from fastvideo.train.node.outcome import Death
+from fastvideo.train.node.pulse import read_beats
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -54,7 +55,10 @@ def _launch(brief: Brief, path: Path) -> list[Death]:
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // brief.processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_S)
-    arguments = ["-m", "fastvideo.train.rank", str(path), str(os.getpid())]
+    # Of warnings of torch's C++ code there are two: names that a DNS does not know, and a setting
+    # of DDP that is meant, see fastvideo.train.parallel.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    arguments = ["-m", "fastvideo.train.node.rank", str(path), str(os.getpid())]
     try:
         elastic_launch(_config(brief), sys.executable)(*arguments)
     except ChildFailedError as failed:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.errors import Failed, UserError
-from fastvideo.train.brief import LaunchDir
-from fastvideo.train.outcome import Death, Outcome, failed_nodes, first_failure
-from fastvideo.train.pulse import WORDS
+from fastvideo.train.node.brief import LaunchDir
+from fastvideo.train.node.outcome import Death, Outcome, failed_nodes, first_failure
+from fastvideo.train.node.pulse import WORDS
 
 NOW = float(int(time.time()))
 

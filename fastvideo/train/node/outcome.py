@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fastvideo import atomic
 from fastvideo.errors import Failed, UserError
-from fastvideo.train.brief import LaunchDir
+from fastvideo.train.node.brief import LaunchDir
 
 Kind = Literal["finished", "stopped", "user_error", "failed", "error"]
 SHOWN_LINES = 12
