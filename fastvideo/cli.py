@@ -88,9 +88,9 @@ def run(argv: Sequence[str]) -> int:
 def _listen(verb: str) -> None:
     """End on TERM, USR2 and Ctrl-C with the code for a stop: what is complete on disk stays.
 
-    Training and ``run`` listen in their own way.
+    ``run`` listens in its own way, and so does training once it has begun.
     """
-    if verb in ("train", "run", "status", "plan"):
+    if verb in ("run", "status", "plan"):
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
