@@ -148,7 +148,7 @@ def measure(case: Case, variant: str, device: str) -> dict[str, float]:
     figures = {"step_s": step_s, "memory_gib": peak_memory_gib(device)}
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     if known := find_device(name):
-        per_step = flops.training_flops(recipe, config).total * case.batch
+        per_step = flops.training_flops(recipe, config).actual * case.batch
         figures["mfu"] = mfu(per_step, seconds=step_s, device=known, processes=1, dtype=case.dtype)
     return figures
 

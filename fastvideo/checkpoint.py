@@ -56,6 +56,7 @@ class Saver:
     ) -> None:
         """``group`` is a gloo group that nothing else uses; None in a single process."""
         self._directory, self._spec, self._group = directory, spec, group
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -75,8 +76,7 @@ class Saver:
             Failed: This one or the one before could not be written; complete ones are intact.
         """
         self.finish()
-        model_state, optimizer_state = get_state_dict(saved.model, saved.optimizer, options=FLAT)
-        tensors = {"model": model_state, "optimizer": optimizer_state}
+        tensors = _state_of(saved)
         self._begin(step)
         if wait or not self._spec.asynchronous:
             self._write(tensors, step, about)
@@ -85,7 +85,7 @@ class Saver:
         staged = _copied(tensors)
         # A daemon: a process that ends on an error does not wait for the others in here.
         self._thread = threading.Thread(
-            target=self._write, args=(staged, step, about), name="checkpoint", daemon=True
+            target=self._beside, args=(staged, step, about), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -113,6 +113,12 @@ class Saver:
         if self._group is not None:
             dist.barrier(self._group)
 
+    def _beside(self, tensors: dict[str, Any], step: int, about: Mapping[str, Any]) -> None:
+        """Write in a thread, which starts on GPU 0 whatever the process trains on."""
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
+        self._write(tensors, step, about)
+
     def _write(self, tensors: dict[str, Any], step: int, about: Mapping[str, Any]) -> None:
         folder = self._directory.checkpoint(step)
         temporary = folder.with_name(f".{folder.name}.tmp")
@@ -121,16 +127,24 @@ class Saver:
             sums = _flushed(temporary, self._group)
             if _rank(self._group) == 0:
                 _complete(temporary, folder, {**about, "step": step}, sums)
-                prune = self._spec
-                state.prune_checkpoints(
-                    self._directory, keep_last=prune.keep_last, keep_every=prune.keep_every
-                )
                 logger.info("saved %s", folder)
-        except (OSError, RuntimeError, CheckpointException) as error:
+                self._prune()
+        except (OSError, CheckpointException) as error:
+            self._error = error  # whatever explaining it meets
             shutil.rmtree(temporary, ignore_errors=True)
-            self._error = Failed(self._explain(folder, error))
-        except Exception as error:  # a thread's would be lost: `check` raises it
+            with contextlib.suppress(OSError):
+                self._error = Failed(self._explain(folder, error))
+        except Exception as error:  # a partner that died, say; a thread's would be lost
             self._error = error
+
+    def _prune(self) -> None:
+        keep = self._spec
+        try:
+            state.prune_checkpoints(
+                self._directory, keep_last=keep.keep_last, keep_every=keep.keep_every
+            )
+        except OSError as error:  # say, a reader on a network file system: the next one tries again
+            logger.warning("%s: old checkpoints are left (%s)", self._directory.checkpoints, error)
 
     def _explain(self, folder: Path, error: BaseException) -> str:
         found = self._directory.complete_checkpoints()
@@ -146,6 +160,21 @@ class Saver:
             f"{gib:.2f} GiB are free on that disk; {left}. Free some space, or lower "
             "train.checkpoint.keep_last, and run the same command again"
         )
+
+
+def _state_of(saved: Saved) -> dict[str, Any]:
+    """All tensors by name.
+
+    torch makes the state of an optimizer that has not stepped yet by a step that changes nothing
+    but its count, which is taken back: when a run saves must not change what it computes.
+    """
+    begun = bool(saved.optimizer.state)
+    model_state, optimizer_state = get_state_dict(saved.model, saved.optimizer, options=FLAT)
+    if not begun:
+        for name, value in optimizer_state.items():
+            if name.endswith(".step") and isinstance(value, Tensor):
+                value.zero_()
+    return {"model": model_state, "optimizer": optimizer_state}
 
 
 def _write_files(temporary: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
@@ -206,7 +235,8 @@ def resume(
 ) -> dict[str, Any] | None:
     """Load the newest checkpoint that is whole, bit for bit; hyper-parameters stay as they are.
 
-    A damaged one is told and set aside, and the one before is taken.
+    Damaged ones are told, and once the one before them is loaded they are set aside: their marker
+    is renamed, so that nothing takes them for whole.
 
     Returns:
         The marker of the one that was loaded; None if there is none.
@@ -214,24 +244,37 @@ def resume(
     Raises:
         UserError: All are damaged, or the newest whole one is of another model.
     """
-    steps = _same(directory.complete_checkpoints(), group)
-    for step in reversed(steps):
+    markers = _same(_markers(directory), group)
+    damaged = []
+    for step in sorted(markers, reverse=True):
         folder = directory.checkpoint(step)
-        marker: dict[str, Any] = _same(state.read_checkpoint_marker(folder), group)
-        damaged = _damaged(folder, marker, group)
-        if not damaged:
-            load(folder, saved, group=group)
-            logger.info("continuing from %s", folder)
-            return marker
-        logger.warning("%s: %s is damaged; going back to the one before", folder, damaged[0])
+        names = _damaged(folder, markers[step], group)
+        if names:
+            damaged.append(folder)
+            logger.warning("%s: %s is damaged; going back to the one before", folder, names[0])
+            continue
+        load(folder, saved, group=group)
         if _rank(group) == 0:
-            state.checkpoint_marker(folder).rename(folder / "damaged.json")
-    if steps:
+            for other in damaged:
+                state.checkpoint_marker(other).rename(other / "damaged.json")
+        logger.info("continuing from %s", folder)
+        found: dict[str, Any] = markers[step]
+        return found
+    if damaged:
         raise UserError(
             f"{directory.checkpoints}: every checkpoint is damaged; remove the folder to start "
             "anew, or bring back a copy"
         )
     return None
+
+
+def _markers(directory: TrainDir) -> dict[int, Any]:
+    """What was written of checkpoints when they were complete, whatever became of them."""
+    found = {
+        step: atomic.read_json(state.checkpoint_marker(folder))
+        for step, folder in directory.checkpoint_folders().items()
+    }
+    return {step: marker for step, marker in found.items() if isinstance(marker, dict)}
 
 
 def verify(folder: Path) -> None:
@@ -296,12 +339,22 @@ def _damaged(folder: Path, marker: Mapping[str, Any], group: dist.ProcessGroup |
     rank = _rank(group)
     size = dist.get_world_size(group) if group is not None else 1
     names = sorted(marker["crc32"])[rank::size]
-    found = [name for name in names if crc32(folder / name) != marker["crc32"][name]]
+    found = [name for name in names if not _is_whole(folder / name, marker)]
     if group is None:
         return found
     gathered: list[list[str]] = [[] for _ in range(size)]
     dist.all_gather_object(gathered, found, group=group)
     return sorted(name for part in gathered for name in part)
+
+
+def _is_whole(path: Path, marker: Mapping[str, Any]) -> bool:
+    try:
+        if path.stat().st_size != marker["files"][path.name]:
+            return False
+        return crc32(path) == int(marker["crc32"][path.name])
+    except OSError as error:
+        logger.warning("%s: %s", path, error.strerror)
+        return False
 
 
 def _load(folder: Path, wanted: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:

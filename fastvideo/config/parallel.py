@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `parallel` table of a recipe: how many processes train together, and what each one holds."""
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveInt
 
 from fastvideo.config.spec import Spec
 
@@ -32,11 +32,3 @@ class Parallel(Spec):
     cpu_offload: bool = False
     """Keep weights, gradients and optimizer state in host memory, bring each block to the GPU for
     its turn only (FSDP2); slow, saves the most memory."""
-
-    @model_validator(mode="after")
-    def _offload_needs_shards(self) -> Self:
-        if self.cpu_offload and self.shard == 1 and (self.replicate or 1) > 1:
-            raise ValueError(
-                "cpu_offload=true: works with sharded weights only; remove shard=1, or cpu_offload"
-            )
-        return self

@@ -40,11 +40,6 @@ class Flops:
         """What is computed; for model FLOPs utilisation."""
         return self.dense_equivalent - self.skipped
 
-    @property
-    def total(self) -> int:
-        """What is computed, as `actual`."""
-        return self.actual
-
     def times(self, factor: int) -> "Flops":
         """Return as many of these."""
         return Flops(self.linear * factor, self.attention * factor, self.skipped * factor)

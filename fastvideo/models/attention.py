@@ -58,7 +58,9 @@ def shared(
     """
     if sequence is None:
         return dense(q_BSHK, k_BSHK, v_BSHK, mask_B11N=mask_B11N)
-    together = torch.cat((q_BSHK, k_BSHK, v_BSHK.to(q_BSHK.dtype)), dim=3)
+    # Norms under autocast give float32, which attention casts: cast before it travels.
+    dtype = v_BSHK.dtype
+    together = torch.cat((q_BSHK.to(dtype), k_BSHK.to(dtype), v_BSHK), dim=3)
     q, k, v = sequence.to_heads(together, sizes=sizes).chunk(3, dim=3)
     return sequence.to_tokens(dense(q, k, v, mask_B11N=mask_B11N), sizes=sizes)
 

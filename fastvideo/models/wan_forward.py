@@ -31,8 +31,8 @@ class Part:
     tokens: slice
     sizes: list[int] = field(default_factory=list)
     """Number of tokens of each process that shares the sample."""
-    runs: tuple[int, ...] | None = None
-    """Length of each run of tokens with one timestep, where they differ."""
+    runs: Tensor | None = None
+    """Length of each run of tokens with one timestep, int64, where they differ."""
     sequence: SequenceParallel | None = None
 
 
@@ -160,10 +160,11 @@ def _share(
     if sequence is None:
         return first.squeeze(2), Part(tokens, sizes, None, None)
     ours, _ = frames_of(tokens, per_frame=per_frame)
-    runs = tuple(
+    lengths = [
         min(tokens.stop, (frame + 1) * per_frame) - max(tokens.start, frame * per_frame)
         for frame in range(ours.start, ours.stop)
-    )
+    ]
+    runs = torch.tensor(lengths, device=timestep.device)
     return first.squeeze(2)[:, ours], Part(tokens, sizes, runs, sequence)
 
 
@@ -202,9 +203,8 @@ def _spread(modulation_BGMD: Tensor, part: Part) -> tuple[Tensor, ...]:
     vectors_BGD = modulation_BGMD.unbind(2)
     if part.runs is None:
         return vectors_BGD
-    lengths = torch.tensor(part.runs, device=modulation_BGMD.device)
-    size = sum(part.runs)
-    return tuple(v.repeat_interleave(lengths, dim=1, output_size=size) for v in vectors_BGD)
+    size = part.tokens.stop - part.tokens.start
+    return tuple(v.repeat_interleave(part.runs, dim=1, output_size=size) for v in vectors_BGD)
 
 
 def modulate(x_BSD: Tensor, *, scale_BGD: Tensor, shift_BGD: Tensor) -> Tensor:

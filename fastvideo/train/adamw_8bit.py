@@ -19,6 +19,8 @@ from torchao.optim.subclass_8bit import OptimState8bit
 
 BLOCK = 256
 """Numbers that share a scale (Dettmers et al., 2022)."""
+LEAST = 4096
+"""Numbers of a matrix below which float32 stays, as in torchao and bitsandbytes."""
 
 warnings.filterwarnings("ignore", message="OptimState8bit does not implement _stable_hash")
 _compiled_step = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
@@ -79,10 +81,21 @@ class AdamW8bit(optim.AdamW8bit):  # type: ignore[misc]
         )
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-        if p.ndim >= 2 and math.prod(p.shape[1:]) % BLOCK == 0:
-            quantized: Tensor = super()._new_buffer(p, signed)
-            return quantized
-        return torch.zeros_like(p)
+        part = _part(p.detach())
+        whole_blocks = p.ndim >= 2 and math.prod(p.shape[1:]) % BLOCK == 0
+        if not whole_blocks or p.numel() < LEAST or part.numel() == 0:
+            return torch.zeros_like(p)
+        out: Tensor = self._subclass_zeros(part, signed, BLOCK)
+        if isinstance(p, DTensor):
+            out = DTensor.from_local(
+                out,
+                p.device_mesh,
+                p.placements,
+                run_check=False,
+                shape=p.shape,
+                stride=p.stride(),
+            )
+        return out.to(p.device)  # with offload that of a part is not that of its mesh
 
 
 def _part(tensor: Tensor) -> Tensor:

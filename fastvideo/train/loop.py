@@ -126,7 +126,9 @@ class Loop:
         self._saver = Saver(job.directory, spec=train.checkpoint, group=team.saving)
         self._metrics = self._progress = None
         if team.leads:
-            metrics = Metrics(job.directory, start_step=start.step, train=train)
+            metrics = Metrics(
+                job.directory, start_step=start.step, train=train, measured=start.measured
+            )
             self._metrics = stack.enter_context(closing(metrics))
             progress = Progress("steps", total=train.steps, done=start.step)
             self._progress = stack.enter_context(closing(progress))
@@ -150,6 +152,7 @@ class Loop:
         self._check_stop(start.step, measured=measured, saved=True)
         for step in range(start.step + 1, train.steps + 1):
             self.one_step(step)
+            self._saver.check()
             self.record(step)
             measured = self._measure_heldout(step)
             saved = self._save_if_due(step, measured=measured)
@@ -193,7 +196,8 @@ class Loop:
             self._beat(step, "data")
             with self._stopwatch.phase("data"):
                 drawn = list(itertools.islice(self._drawn, micro))
-                batch = collate(drawn, device=job.team.device)
+            # Copies may wait for passes before this one: not the time that data takes.
+            batch = collate(drawn, device=job.team.device)
             with job.runner.micro_batch(last=first + micro >= share):
                 self._beat(step, "forward")
                 with self._stopwatch.phase("forward"):
@@ -336,7 +340,6 @@ class Loop:
 
     def _save_if_due(self, step: int, *, measured: bool) -> bool:
         """Save where steps or minutes say so; whether it was done."""
-        self._saver.check()
         spec = self._job.train.checkpoint
         last = step == self._job.train.steps
         minutes = (time.monotonic() - self._saved_s) / 60

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastvideo import atomic
 from fastvideo.config.train import Train
+from fastvideo.errors import Failed
 from fastvideo.state import TrainDir
 from fastvideo.train.trackers import WandbRun
 
@@ -25,10 +26,15 @@ CURVES = ("loss", "heldout_loss")
 class Metrics:
     """Writes a line per record; ``step`` is the number of finished optimizer steps."""
 
-    def __init__(self, directory: TrainDir, *, start_step: int, train: Train) -> None:
-        """Drop what a killed run logged after the checkpoint that this one starts from."""
+    def __init__(
+        self, directory: TrainDir, *, start_step: int, train: Train, measured: bool = True
+    ) -> None:
+        """Drop what a killed run logged after the checkpoint that this one starts from.
+
+        Also the held-out loss of that step, if it is to be ``measured`` again.
+        """
         directory.root.mkdir(parents=True, exist_ok=True)
-        kept = _keep_until(directory, start_step)
+        kept = _keep_until(directory, start_step, measured=measured)
         self._file = open(directory.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
         self._boards = _boards(directory, kept) if train.tensorboard else {}
         self._wandb = None
@@ -39,10 +45,19 @@ class Metrics:
         """Append one record.
 
         JSON has no numbers that are not finite: they become null there.
+
+        Raises:
+            Failed: The disk does not take it.
         """
         record = {"step": step, **{name: _finite(value) for name, value in values.items()}}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise Failed(
+                f"{self._file.name}: cannot be written ({error.strerror}); complete checkpoints "
+                "are intact. Free some space, and run the same command again"
+            ) from error
         scalars = {n: float(v) for n, v in values.items() if not isinstance(v, list)}
         if self._boards:
             self._draw({"step": step, **scalars})
@@ -82,7 +97,7 @@ def _boards(directory: TrainDir, kept: list[dict[str, Any]]) -> dict[str, Summar
     }
 
 
-def _keep_until(directory: TrainDir, step: int) -> list[dict[str, Any]]:
+def _keep_until(directory: TrainDir, step: int, *, measured: bool) -> list[dict[str, Any]]:
     """Cut off the records after ``step``, all of them if it is 0; those that stay."""
     if not directory.metrics.exists():
         return []
@@ -92,7 +107,8 @@ def _keep_until(directory: TrainDir, step: int) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             break  # cut by a kill
-        if step and record["step"] <= step:
+        again = not measured and record["step"] == step and "heldout_loss" in record
+        if step and record["step"] <= step and not again:
             kept.append(line)
             records.append(record)
     atomic.write_bytes(directory.metrics, "".join(kept).encode(), point="metrics")

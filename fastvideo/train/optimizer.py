@@ -87,7 +87,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     norms = [_norm(kind) for kind in kinds if kind]
     if not norms:
         return torch.zeros(())
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    norm = norms[0] if len(norms) == 1 else _together(norms)
     for kind in kinds:
         clip_grads_with_norm_(kind, max_norm, norm)
     return norm
@@ -96,3 +96,9 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def _norm(parameters: list[nn.Parameter]) -> Tensor:
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _together(norms: list[Tensor]) -> Tensor:
+    """The norm of some norms; offloaded gradients lie on the host, others do not."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return norm

@@ -14,6 +14,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -82,23 +83,27 @@ class Team:
         return [float(number) for number in numbers]
 
 
+Choose = Callable[[float | None], Layout]
+"""The memory of a GPU, GiB, to the layout of all processes."""
+
+
 @contextlib.contextmanager
 def joined(
-    process: Process, layout: Layout, *, device: str, hang_s: float, alone: bool
+    process: Process, spec: Parallel, *, device: str, hang_s: float, choose: Choose
 ) -> Iterator[Team]:
     """Join the processes that the launcher started, and part from them at the end.
 
     Args:
         process: This one.
-        layout: Of all of them.
+        spec: The recipe's ``parallel``.
         device: ``cpu`` or ``cuda``.
         hang_s: When one that does not get on is taken for hanging.
-        alone: Whether a single process does without a group; sharding needs one.
+        choose: Called with the memory of the smallest GPU of all, GiB, or None without GPUs.
     """
     if device == "cuda":
         torch.cuda.set_device(process.local_rank)
-    if process.count == 1 and alone:
-        yield Team(process, layout, device)
+    if process.count == 1 and not spec.cpu_offload:
+        yield Team(process, choose(_memory_gib(device)), device)
         return
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
@@ -107,22 +112,42 @@ def joined(
         store=dist.HashStore() if process.count == 1 else None,
         timeout=datetime.timedelta(seconds=hang_s + MARGIN_S),
     )
-    yield _team(process, layout, device)
+    layout = choose(_least(_memory_gib(device)))
+    yield _team(process, layout, device, timeout_s=hang_s + MARGIN_S)
     # Not on the way out of an error: the others do not come.
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _team(process: Process, layout: Layout, device: str) -> Team:
+def _memory_gib(device: str) -> float | None:
+    if device == "cpu":
+        return None
+    return torch.cuda.get_device_properties("cuda").total_memory / 2**30
+
+
+def _least(memory_gib: float | None) -> float | None:
+    """The least of all processes, so that all choose the same layout."""
+    if memory_gib is None:
+        return None
+    least = torch.tensor(memory_gib, dtype=torch.float64)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)  # on the host
+    return float(least)
+
+
+def _team(process: Process, layout: Layout, device: str, *, timeout_s: float) -> Team:
     names = ("replicate", "shard")
     mesh = init_device_mesh(device, (layout.replicate, layout.shard), mesh_dim_names=names)
-    sequence = None
+    sequence, shared = None, []
     if layout.sequence > 1:
         groups = (layout.data, layout.sequence)
-        shared = init_device_mesh(device, groups, mesh_dim_names=("data", "sequence"))
-        sequence = SequenceParallel(shared["sequence"].get_group())
-    control, saving = (dist.new_group(backend="gloo") for _ in range(2))
+        samples = init_device_mesh(device, groups, mesh_dim_names=("data", "sequence"))
+        shared = samples.get_all_groups()
+        sequence = SequenceParallel(shared[1])
+    timeout = datetime.timedelta(seconds=timeout_s)
+    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     assert isinstance(control, dist.ProcessGroup) and isinstance(saving, dist.ProcessGroup)
+    for group in [*mesh.get_all_groups(), *shared]:
+        _set_pg_timeout(timeout, group)  # meshes take the default
     return Team(process, layout, device, mesh, sequence, control, saving)
 
 
@@ -198,7 +223,8 @@ def _bring_plain(model: nn.Module, device: str) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not isinstance(parameter, DTensor):
-                setattr(module, name, nn.Parameter(parameter.to(device)))
+                moved = nn.Parameter(parameter.to(device), requires_grad=parameter.requires_grad)
+                setattr(module, name, moved)
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
 
@@ -253,7 +279,11 @@ def _replicated(model: nn.Module, dtype: torch.dtype) -> DistributedDataParallel
     anew after the first step, and a resumed run would add in another order than one that went on.
     """
     whole = DistributedDataParallel(
-        model, init_sync=False, gradient_as_bucket_view=True, find_unused_parameters=True
+        model,
+        init_sync=False,
+        broadcast_buffers=False,  # they are computed, and the same everywhere
+        gradient_as_bucket_view=True,
+        find_unused_parameters=True,
     )
     whole.register_comm_hook(dtype, _sum)
     return whole

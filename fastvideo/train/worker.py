@@ -67,26 +67,21 @@ def train(
     device = pick_device(recipe.train.device)
     path = find_model(recipe.model.path)
     config = read_config(path, f"{transformer}/config.json")
-    chosen = layout.choose(
-        recipe, config, processes=process.count, memory_gib=_memory_gib(device, process)
-    )
-    alone = not parallel.is_spread(recipe.parallel, chosen)
+
+    def choose(memory_gib: float | None) -> layout.Layout:
+        return layout.choose(recipe, config, processes=process.count, memory_gib=memory_gib)
+
     hang_s = recipe.train.watch.hang_minutes * 60
-    with parallel.joined(process, chosen, device=device, hang_s=hang_s, alone=alone) as team:
+    joined = parallel.joined(process, recipe.parallel, device=device, hang_s=hang_s, choose=choose)
+    with joined as team:
         if team.leads and process.count > 1:
-            logger.info("%d processes, %s", process.count, _describe(chosen))
+            logger.info("%d processes, %s", process.count, _describe(team.layout))
         draws = _draws(recipe, plan, columns=find_family(recipe).columns(path), about=about)
         if len(draws[0].samples) == 0:
             raise UserError(f"{recipe.shards.path}: holds no clips to train on, only held-out ones")
         job, start = _job(recipe, path, transformer=transformer, team=team, draws=draws)
         work = work_of(recipe, config, team)
         loop.run(job, start=start, work=work, about=about)
-
-
-def _memory_gib(device: str, process: Process) -> float | None:
-    if device == "cpu":
-        return None
-    return torch.cuda.get_device_properties(process.local_rank).total_memory / 2**30
 
 
 def _describe(chosen: layout.Layout) -> str:

@@ -88,9 +88,30 @@ def test_if_all_are_damaged_nothing_starts_anew_by_itself(world: World, tmp_path
     assert fastvideo("train", world, f"run_dir={tmp_path}", *often, "train.steps=3").code == 0
     for step in (2, 3):
         damage(RunDir(tmp_path).training(), step)
+    for _ in range(2):
+        found = fastvideo("train", world, f"run_dir={tmp_path}", *often)
+        assert found.code == 2
+        assert "every checkpoint is damaged; remove the folder to start anew" in found.err
+
+
+def test_a_checkpoint_that_was_cut_is_told_too(world: World, tmp_path: Path) -> None:
+    often = (*QUIET, "train.checkpoint={every_steps: 1, keep_last: 2}", "train.steps=3")
+    assert fastvideo("train", world, f"run_dir={tmp_path}", *often).code == 0
+    cut(RunDir(tmp_path).training(), 3)
     found = fastvideo("train", world, f"run_dir={tmp_path}", *often)
-    assert found.code == 2
-    assert "every checkpoint is damaged; remove the folder to start anew" in found.err
+    assert found.code == 0
+    assert "step-00000003: __0_0.distcp is damaged; going back to the one before" in found.err
+    assert steps_left(tmp_path) == [2, 3]
+    for step in (2, 3):
+        cut(RunDir(tmp_path).training(), step)
+    found = fastvideo("train", world, f"run_dir={tmp_path}", *often)
+    assert found.code == 2 and "every checkpoint is damaged" in found.err
+
+
+def cut(directory: TrainDir, step: int) -> None:
+    """Lose the second half of a file."""
+    (file,) = directory.checkpoint(step).glob("*.distcp")
+    os.truncate(file, file.stat().st_size // 2)
 
 
 @pytest.mark.parametrize("verb", ["export", "generate"])
