@@ -7,8 +7,9 @@
 
 The peer is what a careful user writes without us: the diffusers model, autocast, gradient
 checkpointing where ours recomputes, clipping, torch's fused AdamW; eager, nothing else. Both train
-the same random weights on samples of the same shapes that are already in host memory. Each variant
-runs in a process of its own, variants take turns, and the medians of the rounds are compared.
+the same random weights on samples of the same shapes that are in host memory already. Each variant
+runs in a process of its own, variants take turns, and medians are compared: time on
+the wall, and time of the host's cores, which says more on a machine that is not quiet.
 """
 
 import argparse
@@ -118,9 +119,11 @@ def compare(case: Case, device: str, rounds: int) -> dict[str, Any]:
     print(f"{case.name}, batch {case.batch}, {case.dtype}, recompute {case.recompute}")
     for variant, run in medians.items():
         speed = plain["step_s"] / run["step_s"]
+        cores = plain["host_s"] / run["host_s"]
         share = f"  MFU {run['mfu']:.1%}" if "mfu" in run else ""
         print(
             f"  {variant:<32}{run['step_s'] * 1e3:10.1f} ms/step  {speed:5.2f} x  "
+            f"{run['host_s'] * 1e3:10.1f} ms of cores  {cores:5.2f} x  "
             f"{run['memory_gib']:7.2f} GiB{share}",
             flush=True,
         )
@@ -144,8 +147,10 @@ def measure(case: Case, variant: str, device: str) -> dict[str, float]:
         recipe = recipe_of(case, variant, Path(folder), device)
         config = write_model(case, Path(recipe.model.path))
         run = plain_steps if variant == BOTH[0] else our_steps
-        step_s = run(case, recipe, config)
-    figures = {"step_s": step_s, "memory_gib": peak_memory_gib(device)}
+        windows = Windows(case, device)
+        run(case, recipe, config, windows)
+    step_s, host_s = windows.medians()
+    figures = {"step_s": step_s, "host_s": host_s, "memory_gib": peak_memory_gib(device)}
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     if known := find_device(name):
         per_step = flops.training_flops(recipe, config).actual * case.batch
@@ -161,7 +166,7 @@ def recipe_of(case: Case, variant: str, folder: Path, device: str) -> Recipe:
         "dtype": case.dtype,
         "device": device,
         "activation_checkpointing": case.recompute,
-        "loader_workers": 2,
+        "loader_workers": 0,  # nothing is read
         "log_every_steps": case.warmup,
         "heldout": {"every_steps": None},
         "checkpoint": {"every_steps": 10**6},
@@ -243,8 +248,31 @@ class Quiet:
         """Nobody listens."""
 
 
-def our_steps(case: Case, recipe: Recipe, config: Mapping[str, Any]) -> float:
-    """Seconds of a step of the training loop, as its own records say; all that it does counts."""
+class Windows:
+    """Times a training in windows of some steps, the first of which does not count."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self._size, self._device = case.warmup, device
+        self._ends: list[tuple[float, float]] = []
+
+    def after(self, step: int) -> None:
+        """Say that ``step``, counted from 1, is done."""
+        if step % self._size == 0:
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+            self._ends.append((time.perf_counter(), time.process_time()))
+
+    def medians(self) -> tuple[float, float]:
+        """Of a step: seconds on the wall, and seconds of the host's cores."""
+        wall, host = (
+            statistics.median((b - a) / self._size for a, b in itertools.pairwise(clock))
+            for clock in zip(*self._ends, strict=True)
+        )
+        return wall, host
+
+
+def our_steps(case: Case, recipe: Recipe, config: Mapping[str, Any], windows: Windows) -> None:
+    """The training loop, with all that it does beside computing."""
     team = Team(Process(Quiet(), Quiet()), Layout(1, 1, 1, ""), recipe.train.device)
     path = Path(recipe.model.path)
     saved = worker.empty_state(recipe, path, transformer="transformer", team=team)
@@ -260,12 +288,11 @@ def our_steps(case: Case, recipe: Recipe, config: Mapping[str, Any]) -> float:
         for step in range(1, recipe.train.steps + 1):
             running.one_step(step)
             running.record(step)
-    records = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
-    return statistics.median(record["step_s"] for record in records[1:])
+            windows.after(step)
 
 
-def plain_steps(case: Case, recipe: Recipe, config: Mapping[str, Any]) -> float:
-    """Seconds of a step of a plain loop over diffusers' own forward."""
+def plain_steps(case: Case, recipe: Recipe, config: Mapping[str, Any], windows: Windows) -> None:
+    """A plain loop over diffusers' own forward."""
     from diffusers import WanTransformer3DModel
 
     device = recipe.train.device
@@ -277,7 +304,6 @@ def plain_steps(case: Case, recipe: Recipe, config: Mapping[str, Any]) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     source = Synthetic(case, config)
     family = find_family(recipe)
-    ends_s = []
     for step in range(case.warmup + case.steps):
         places = [Place(0, (step * case.batch + i) % len(source)) for i in range(case.batch)]
         batch = collate([source.training(place) for place in places], device=device)
@@ -290,17 +316,7 @@ def plain_steps(case: Case, recipe: Recipe, config: Mapping[str, Any]) -> float:
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-        if (step + 1) % case.warmup == 0:
-            ends_s.append(now_s(device))
-    windows = itertools.pairwise(ends_s)
-    return statistics.median((end - begin) / case.warmup for begin, end in windows)
-
-
-def now_s(device: str) -> float:
-    """The time when the device is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+        windows.after(step + 1)
 
 
 def machine(device: str) -> dict[str, str]:
