@@ -2,7 +2,7 @@
 """What a recipe will take on a cluster, from configs alone: no torch, no weights, no GPU."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fastvideo import state
@@ -10,9 +10,9 @@ from fastvideo.config.cluster import Cluster
 from fastvideo.config.devices import DEVICES, Device, find_device
 from fastvideo.config.recipe import Recipe
 from fastvideo.cost import disk, duration, flops, layout
-from fastvideo.cost.fit import nearest_fit
+from fastvideo.cost.fit import Setting, nearest_fit
 from fastvideo.cost.layout import Layout
-from fastvideo.cost.memory import GIB, memory, micro_batch
+from fastvideo.cost.memory import GIB, Memory, memory, micro_batch
 from fastvideo.cost.transformer import latent_shape, parameters, tokens_of
 from fastvideo.errors import UserError
 from fastvideo.models.published import Config, transformer_configs
@@ -21,11 +21,15 @@ from fastvideo.state import ShardStore
 
 @dataclass(frozen=True)
 class Machine:
-    """Where training is to run; ``device`` is None where the cluster does not name it."""
+    """Where training is to run; ``device`` is None where it is not known, and on CPUs."""
 
     nodes: int
     per_node: int
     device: Device | None
+    host_gib: int | None = None
+    """Host memory of a node, where the cluster says it."""
+    is_cpu: bool = False
+    """Whether the recipe asks for CPUs; then what fits is not judged."""
     assumed: bool = False
     """Whether nothing said how many processes there are."""
 
@@ -33,6 +37,10 @@ class Machine:
     def processes(self) -> int:
         """All of them."""
         return self.nodes * self.per_node
+
+    def host(self, needed: Memory) -> int:
+        """Host memory of a node, bytes."""
+        return self.per_node * (needed.host + (needed.total if self.is_cpu else 0))
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, Any]:
             "nodes": machine.nodes,
             "processes": machine.processes,
             "device": asdict(machine.device) if machine.device else None,
+            "is_cpu": machine.is_cpu,
+            "host_gib": machine.host_gib,
         },
         "buckets": [
             {
@@ -93,6 +103,9 @@ def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, Any]:
 
 def _machine(recipe: Recipe, cluster: Cluster | None) -> tuple[Machine, list[str]]:
     asked = recipe.parallel.processes
+    if recipe.train.device == "cpu":  # the launcher does not look for GPUs then
+        nodes, host_gib = (cluster.nodes, cluster.memory_gib) if cluster else (1, None)
+        return Machine(nodes, asked or 1, None, host_gib, is_cpu=True), []
     if cluster is None:
         parallel = recipe.parallel
         count = asked or (parallel.replicate or 1) * (parallel.shard or 1)
@@ -106,7 +119,7 @@ def _machine(recipe: Recipe, cluster: Cluster | None) -> tuple[Machine, list[str
             "leave it empty"
         )
     device = find_device(cluster.device) if cluster.device else None
-    return Machine(cluster.nodes, asked or gpus or 1, device), problems
+    return Machine(cluster.nodes, asked or gpus or 1, device, cluster.memory_gib), problems
 
 
 # ---------------------------------------------------------------- one transformer
@@ -138,6 +151,7 @@ def _transformer(
         "layout": None,
         "memory": None,
         "fits": None,
+        "fits_host": None,
         "smallest_device": None,
     }
     wrong = layout.problems(recipe, config, processes=processes)
@@ -148,28 +162,56 @@ def _transformer(
 def _placed(
     recipe: Recipe, config: Config, machine: Machine, folder: str, remarks: Remarks
 ) -> dict[str, Any]:
-    """The layout and what each GPU holds."""
+    """The layout and what each GPU and each host holds."""
     device = machine.device
-    limit = device.memory_gib if device else DEVICES[-1].memory_gib
-    chosen = layout.choose(
-        recipe,
-        config,
-        processes=machine.processes,
-        memory_gib=None if recipe.train.device == "cpu" else limit,
-    )
+    chosen, smallest = _chosen(recipe, config, machine)
     needed = memory(recipe, config, processes=machine.processes, shard=chosen.shard)
-    fits = needed.total <= device.memory_gib * GIB if device else None
-    enough = [known.name for known in DEVICES if known.memory_gib * GIB >= needed.total]
-    if fits is False or not enough:
-        what = f"{folder}: {_asked(chosen)} needs {layout.describe(needed)} on each GPU"
+    host, fits, fits_host = machine.host(needed), None, None
+    if device:
+        fits = needed.total <= device.memory_gib * GIB
+    if machine.host_gib and not machine.is_cpu:
+        fits_host = host <= machine.host_gib * GIB
+    remark = None
+    if fits is False or (smallest is None and not machine.is_cpu):
+        remark = f"{layout.describe(needed)} on each GPU, {_way_out(recipe, config, machine)}"
+    elif fits_host is False:
+        remark = _host_way_out(recipe, config, machine, needed)
+    if remark:
         kind = remarks.notes if machine.assumed else remarks.problems
-        kind.append(f"{what}, {_way_out(recipe, config, machine)}")
+        kind.append(f"{folder}: {_asked(chosen)} needs {remark}")
     return {
         "layout": {**asdict(chosen), "data": chosen.data},
-        "memory": {**asdict(needed), "total": needed.total},
+        "memory": {**asdict(needed), "total": needed.total, "host_of_node": host},
         "fits": fits,
-        "smallest_device": enough[0] if enough else None,
+        "fits_host": fits_host,
+        "smallest_device": smallest.name if smallest else None,
     }
+
+
+def _chosen(recipe: Recipe, config: Config, machine: Machine) -> tuple[Layout, Device | None]:
+    """The layout, and the smallest GPU that would do: with the layout that it gets itself.
+
+    Where the GPU is not known, the layout is that of the smallest one.
+    """
+    processes = machine.processes
+
+    def on(device: Device | None) -> Layout:
+        gib = device.memory_gib if device else None
+        return layout.choose(recipe, config, processes=processes, memory_gib=gib)
+
+    def is_enough(device: Device) -> bool:
+        needed = memory(recipe, config, processes=processes, shard=on(device).shard)
+        return needed.total <= device.memory_gib * GIB
+
+    if machine.is_cpu:
+        return on(None), None
+    smallest = next((device for device in DEVICES if is_enough(device)), None)
+    if machine.device or not layout.is_open(recipe, processes=processes):
+        return on(machine.device), smallest
+    shown = smallest or DEVICES[-1]
+    found = on(shown)
+    reason = f"DDP or FSDP, as the GPU allows; on {shown.name} {found.reason}"
+    return replace(found, reason=reason), smallest
 
 
 def _asked(chosen: Layout) -> str:
@@ -178,28 +220,88 @@ def _asked(chosen: Layout) -> str:
 
 def _way_out(recipe: Recipe, config: Config, machine: Machine) -> str:
     """Say what the GPU has and the nearest setting that fits, on more GPUs if it must be."""
-    device, processes = machine.device, machine.processes
+    device = machine.device
     verdict = "{name} has {gib:.1f} GiB; " if device else "no known GPU has that; on {name} "
     device = device or find_device("H100-80GB")
     assert device is not None
     verdict = verdict.format(name=device.name, gib=device.memory_gib)
-    numbers = [processes * factor for factor in (1, 2, 4, 8, 16)]
-    for number in numbers:
-        setting = nearest_fit(
-            recipe,
-            config,
-            processes=number,
-            memory_gib=device.memory_gib,
-            offload=not machine.assumed,
-        )
-        if setting is not None:
-            more = f" on {number} GPUs" if number > processes else ""
-            host = setting.memory.host
-            held = f", and {host / GIB:.0f} GiB of the host for each process" if host else ""
-            return (
-                f"{verdict}use {setting.overrides}{more}: {layout.describe(setting.memory)}{held}"
+    found = _nearest(recipe, config, machine, memory_gib=device.memory_gib)
+    if found is None:
+        most = machine.processes * MORE[-1]
+        return f"{verdict}no layout of up to {most} fits: use smaller clips or larger GPUs"
+    return f"{verdict}use {found}"
+
+
+def _host_way_out(recipe: Recipe, config: Config, machine: Machine, needed: Memory) -> str:
+    """Say what the host has and the nearest setting that fits, on GPUs as large."""
+    device, host_gib = machine.device, machine.host_gib
+    gib = device.memory_gib if device else needed.total / GIB
+    found = _nearest(recipe, config, machine, memory_gib=gib)
+    ways = [found] if found else []
+    alone = machine.per_node * (needed.host - needed.staged)
+    off = "train.checkpoint.asynchronous=false"
+    assert host_gib is not None
+    if needed.staged and alone <= host_gib * GIB and off not in (found or ""):
+        ways.append(off)
+    ways = ways or ["fewer processes on each node (parallel.processes), or nodes with more memory"]
+    return (
+        f"{_size(machine.host(needed))} of host memory on each node, for each of "
+        f"{_count(machine.per_node, 'process')} {_host_parts(needed)}; memory_gib of the cluster "
+        f"is {host_gib}; use {'; or '.join(ways)}"
+    )
+
+
+MORE = (1, 2, 4, 8, 16)
+"""So many times the processes are tried."""
+
+
+def _nearest(recipe: Recipe, config: Config, machine: Machine, *, memory_gib: float) -> str | None:
+    """Write the nearest setting that fits, on as few GPUs as can be."""
+    host_gib = machine.host_gib / machine.per_node if machine.host_gib else None
+
+    def search(recipe: Recipe) -> str | None:
+        for number in (machine.processes * factor for factor in MORE):
+            setting = nearest_fit(
+                recipe,
+                config,
+                processes=number,
+                memory_gib=memory_gib,
+                host_gib=host_gib,
+                offload=not machine.assumed,
             )
-    return f"{verdict}no layout of up to {numbers[-1]} fits: use smaller clips or larger GPUs"
+            if setting is not None:
+                return _written(setting, number if number > machine.processes else None)
+        return None
+
+    found = search(recipe)
+    if found is None and recipe.train.optimizer.kind == "apex_adamw":  # takes whole weights only
+        found = search(_with_adamw(recipe))
+        found = found and f"train.optimizer.kind=adamw, for apex_adamw fits nowhere, with {found}"
+    return found
+
+
+def _written(setting: Setting, processes: int | None) -> str:
+    more = f" on {processes} GPUs" if processes else ""
+    needed = setting.memory
+    held = f", and of the host for each process {_host_parts(needed)}" if needed.host else ""
+    return f"{setting.overrides}{more}: {layout.describe(needed)}{held}"
+
+
+def _host_parts(needed: Memory) -> str:
+    """What a process has in host memory."""
+    return f"{_size(needed.host)}{_copies(needed.host, needed.staged)}"
+
+
+def _copies(host: int, staged: int) -> str:
+    """Which part of a process's host memory asynchronous checkpoints take."""
+    part = "all" if staged == host else _size(staged)
+    return f", {part} of it copies of checkpoints" if staged else ""
+
+
+def _with_adamw(recipe: Recipe) -> Recipe:
+    optimizer = recipe.train.optimizer.model_copy(update={"kind": "adamw"})
+    train = recipe.train.model_copy(update={"optimizer": optimizer})
+    return recipe.model_copy(update={"train": train})
 
 
 def _batch(recipe: Recipe, machine: Machine) -> dict[str, Any]:
@@ -298,10 +400,11 @@ def _about(planned: Mapping[str, Any]) -> list[str]:
         if device
         else "unknown: name one as device of a cluster, see --cluster"
     )
+    where = "on CPUs, as train.device says" if machine["is_cpu"] else f"GPU {gpu}"
     lines = [
         f"model       {model['family']} {model['task']}; configs: {model['config']}",
         f"machine     {_count(machine['nodes'], 'node')}, "
-        f"{_count(machine['processes'], 'process')}, GPU {gpu}",
+        f"{_count(machine['processes'], 'process')}, {where}",
     ]
     for clip in planned["buckets"]:
         others = f", {clip['image_tokens']} of the image" if clip["image_tokens"] else ""
@@ -333,16 +436,19 @@ def _figures(name: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) 
         parts = ", ".join(
             f"{part} {_size(size)}"
             for part, size in needed.items()
-            if size and part not in ("total", "host")
+            if size and part not in ("total", "host", "staged", "host_of_node")
         )
-        host = f"; {_size(needed['host'])} of the host for each" if needed["host"] else ""
-        smallest = figures["smallest_device"] or "none that is known"
         lines += [
             f"  layout    replicate {chosen['replicate']} x shard {chosen['shard']}, sequence "
             f"{chosen['sequence']}; {chosen['reason']}",
-            f"  memory    {_size(needed['total'])} of each GPU: {parts}{host}",
-            f"  fits      {_verdict(figures['fits'])}; the smallest GPU that would do: {smallest}",
+            f"  memory    {_size(needed['total'])} of each "
+            f"{'process' if machine['is_cpu'] else 'GPU'}: {parts}",
         ]
+        lines += _host_lines(figures, machine)
+    if chosen is not None and not machine["is_cpu"]:
+        smallest = figures["smallest_device"] or "none that is known"
+        verdict = _verdict(figures["fits"])
+        lines.append(f"  fits      {verdict}; the smallest GPU that would do: {smallest}")
     if figures["step_s"] is not None:
         lines.append(
             f"  time      about {figures['step_s']:.3g} s a step, {figures['hours']:.3g} hours, if "
@@ -350,6 +456,19 @@ def _figures(name: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) 
             "(an assumption)"
         )
     return lines
+
+
+def _host_lines(figures: Mapping[str, Any], machine: Mapping[str, Any]) -> list[str]:
+    """What waits in host memory; none if nothing does."""
+    needed, host_gib = figures["memory"], machine["host_gib"]
+    if not needed["host_of_node"]:
+        return []
+    each = needed["host_of_node"] * machine["nodes"] // machine["processes"]
+    return [
+        f"  host      {_size(needed['host_of_node'])} of each node: for each process {_size(each)}"
+        + _copies(each, needed["staged"])
+        + (f"; a node has {host_gib} GiB" if host_gib else "")
+    ]
 
 
 def _verdict(fits: bool | None) -> str:

@@ -27,7 +27,9 @@ def checkpoint_bytes(recipe: Recipe, config: Mapping[str, Any]) -> int:
 def checkpoint_count(recipe: Recipe) -> int:
     """The most of them at one time: those that are kept, and one that is being written."""
     spec, steps = recipe.train.checkpoint, recipe.train.steps
-    stay = steps // spec.keep_every if spec.keep_every else 0
+    # Only what is saved stays: of steps that both numbers divide, or of any by the clock.
+    saved_every = spec.every_steps if spec.every_minutes is None else 1
+    stay = steps // math.lcm(spec.keep_every, saved_every) if spec.keep_every else 0
     written = math.ceil(steps / spec.every_steps)
     return (
         min(spec.keep_last + 1 + stay, written)

@@ -38,22 +38,34 @@ def nearest_fit(
     *,
     processes: int,
     memory_gib: float,
+    host_gib: float | None = None,
     offload: bool = True,
 ) -> Setting | None:
     """Find a setting that fits; None if none does with this number of processes.
 
     Fewest changed keys first, of those the fastest: weights in host memory last, whole copies
     before sharded ones, samples on one process before shared ones, and nothing computed again
-    before attention kept before all computed again. Without ``offload`` nothing moves to the host.
+    before attention kept before all computed again. In host memory those spread the most come
+    first: they take the least of it.
+
+    Args:
+        recipe: What is trained.
+        config: The transformer's config.json.
+        processes: All processes of all nodes.
+        memory_gib: Of one GPU.
+        host_gib: Host memory for each process; None where it is not known.
+        offload: Whether weights may move to the host.
     """
-    for candidate in sorted(_candidates(recipe, config, processes), key=_order):
+    candidates = _candidates(recipe, config, processes, limited=host_gib is not None)
+    for candidate in sorted(candidates, key=_order):
         if candidate.offload and not (offload or recipe.parallel.cpu_offload):
             continue
         changed = _changed(recipe, candidate)
         if problems(changed, config, processes=processes):
             continue
         needed = memory(changed, config, processes=processes, shard=candidate.shard)
-        if needed.total <= memory_gib * GIB:
+        fits_host = host_gib is None or needed.host <= host_gib * GIB
+        if needed.total <= memory_gib * GIB and fits_host:
             changes = dict(candidate.changes)
             return Setting(processes // candidate.shard, candidate.shard, changes, needed)
     return None
@@ -66,30 +78,42 @@ class _Candidate:
     policy: str
     offload: bool
     micro: int
+    asynchronous: bool
     changes: tuple[tuple[str, str | int | bool], ...]
     """Keys beside ``parallel.replicate`` and ``parallel.shard`` that differ from the recipe's."""
     moved: bool
     """Whether those two do."""
 
 
-def _candidates(recipe: Recipe, config: Mapping[str, Any], processes: int) -> Iterator[_Candidate]:
+def _candidates(
+    recipe: Recipe, config: Mapping[str, Any], processes: int, *, limited: bool
+) -> Iterator[_Candidate]:
+    """All settings; ``limited`` is host memory."""
     parallel, train = recipe.parallel, recipe.train
     sequences = divisors(math.gcd(processes, int(config["num_attention_heads"])))
     micros = sorted({micro_batch(recipe, processes=processes), 1}, reverse=True)
-    for shard, sequence, policy, offload, micro in itertools.product(
-        divisors(processes), sequences, POLICIES, {parallel.cpu_offload, True}, micros
+    asynchronous = train.checkpoint.asynchronous
+    copies = {asynchronous, False} if limited else {asynchronous}
+    for shard, sequence, policy, offload, micro, copied in itertools.product(
+        divisors(processes), sequences, POLICIES, (False, True), micros, copies
     ):
         pairs: dict[str, tuple[str | int | bool, str | int | bool]] = {
             "parallel.sequence": (sequence, parallel.sequence),
             "train.activation_checkpointing": (policy, train.activation_checkpointing),
             "parallel.cpu_offload": (offload, parallel.cpu_offload),
             "train.micro_batch_size": (micro, micro_batch(recipe, processes=processes)),
+            "train.checkpoint.asynchronous": (copied, asynchronous),
         }
-        if offload and shard == 1 < processes:  # only spread weights can wait on the host
-            continue
         changes = tuple((key, new) for key, (new, old) in pairs.items() if new != old)
         yield _Candidate(
-            shard, sequence, policy, offload, micro, changes, _moves(recipe, processes, shard)
+            shard=shard,
+            sequence=sequence,
+            policy=policy,
+            offload=offload,
+            micro=micro,
+            asynchronous=copied,
+            changes=changes,
+            moved=_moves(recipe, processes, shard),
         )
 
 
@@ -103,7 +127,7 @@ def _order(candidate: _Candidate) -> tuple[int, ...]:
     return (
         candidate.offload,
         len(candidate.changes) + candidate.moved,
-        candidate.shard,
+        -candidate.shard if candidate.offload else candidate.shard,
         candidate.sequence,
         POLICIES.index(candidate.policy),
         -candidate.micro,
@@ -123,6 +147,9 @@ def _changed(recipe: Recipe, candidate: _Candidate) -> Recipe:
         update={
             "activation_checkpointing": candidate.policy,
             "micro_batch_size": candidate.micro,
+            "checkpoint": recipe.train.checkpoint.model_copy(
+                update={"asynchronous": candidate.asynchronous}
+            ),
         }
     )
     return recipe.model_copy(update={"parallel": parallel, "train": train})

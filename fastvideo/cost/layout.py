@@ -52,11 +52,16 @@ def choose(
     return Layout(replicate, shard, recipe.parallel.sequence, reason)
 
 
+def is_open(recipe: Recipe, *, processes: int) -> bool:
+    """Whether the memory of a GPU decides between whole copies (DDP) and one copy over all."""
+    return _settled(recipe, processes) is None
+
+
 def problems(recipe: Recipe, config: Mapping[str, Any], *, processes: int) -> list[str]:
     """Say which numbers of the recipe do not divide, and the nearest that do; empty if all do."""
     found = [*_weight_problems(recipe, processes), *_optimizer_problems(recipe, processes)]
     sequence = _sequence_problems(recipe, config, processes)
-    return found + (sequence or _batch_problems(recipe, processes))
+    return found + (sequence or _batch_problems(recipe, config, processes))
 
 
 def nearest(value: int, allowed: list[int]) -> str:
@@ -79,16 +84,9 @@ def describe(found: Memory) -> str:
 def _weights(
     recipe: Recipe, config: Mapping[str, Any], processes: int, memory_gib: float | None
 ) -> tuple[int, int, str]:
-    parallel = recipe.parallel
-    if parallel.shard or parallel.replicate:
-        shard = parallel.shard or processes // (parallel.replicate or 1)
-        return processes // shard, shard, "as parallel.replicate and parallel.shard say"
-    if processes == 1:
-        return 1, 1, "one process"
-    if parallel.cpu_offload:
-        return 1, processes, "FSDP, which parallel.cpu_offload needs"
-    if recipe.train.optimizer.kind == "apex_adamw":
-        return processes, 1, "DDP: apex_adamw needs whole weights"
+    settled = _settled(recipe, processes)
+    if settled is not None:
+        return settled
     if memory_gib is None:
         return processes, 1, "DDP: no GPU memory to fit into"
     whole = memory(recipe, config, processes=processes, shard=1)
@@ -102,6 +100,21 @@ def _weights(
         f"FSDP: whole copies need {describe(whole)}, more than {memory_gib:.1f} GiB; "
         f"over {processes} processes {spread.total / GIB:.1f} GiB {verdict}",
     )
+
+
+def _settled(recipe: Recipe, processes: int) -> tuple[int, int, str] | None:
+    """What does not depend on the memory of a GPU."""
+    parallel = recipe.parallel
+    if parallel.shard or parallel.replicate:
+        shard = parallel.shard or processes // (parallel.replicate or 1)
+        return processes // shard, shard, "as parallel.replicate and parallel.shard say"
+    if processes == 1:
+        return 1, 1, "one process"
+    if parallel.cpu_offload:
+        return 1, processes, "FSDP: over all processes parallel.cpu_offload takes the least"
+    if recipe.train.optimizer.kind == "apex_adamw":
+        return processes, 1, "DDP: apex_adamw needs whole weights"
+    return None
 
 
 def _weight_problems(recipe: Recipe, processes: int) -> list[str]:
@@ -158,14 +171,25 @@ def _sequence_problems(recipe: Recipe, config: Mapping[str, Any], processes: int
     ]
     if not faults:
         return []
-    allowed = divisors(math.gcd(processes, heads))
+    # Of no help if the batch cannot be dealt out then; if none is, the batch is told next.
+    allowed = _sequences(recipe, heads, processes) or divisors(math.gcd(processes, heads))
     return [
         f"parallel.sequence={sequence}: does not divide {' nor '.join(faults)}; use "
         f"{nearest(sequence, allowed)}"
     ]
 
 
-def _batch_problems(recipe: Recipe, processes: int) -> list[str]:
+def _sequences(recipe: Recipe, heads: int, processes: int) -> list[int]:
+    """Numbers of processes to a sample with which the batch can be dealt out, ascending."""
+    batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size or 1
+    return [
+        sequence
+        for sequence in divisors(math.gcd(processes, heads))
+        if batch % (processes // sequence * micro) == 0
+    ]
+
+
+def _batch_problems(recipe: Recipe, config: Mapping[str, Any], processes: int) -> list[str]:
     """Each group of processes gets as many samples of a step, in whole micro-batches."""
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     sequence = recipe.parallel.sequence
@@ -173,9 +197,12 @@ def _batch_problems(recipe: Recipe, processes: int) -> list[str]:
     if batch % groups:
         share = f" of {sequence}" if sequence > 1 else ""
         below = batch // groups * groups
+        helping = _sequences(recipe, int(config["num_attention_heads"]), processes)
+        other = f", or parallel.sequence={nearest(sequence, helping)}" if helping else ""
         return [
             f"train.global_batch_size={batch}: cannot be dealt out to {groups} groups{share} of "
-            f"the {processes} processes; use {nearest(batch, [below, below + groups][not below :])}"
+            f"the {processes} processes; use "
+            f"{nearest(batch, [below, below + groups][not below :])}{other}"
         ]
     if micro and batch // groups % micro:
         return [

@@ -25,7 +25,7 @@ OVERHEAD_GIB = 1.5
 """What is there before the first tensor, and gaps: CUDA's context with its kernels, workspaces of
 cuBLAS and cuDNN, NCCL's buffers. A judgement; it differs by driver and by 1 GiB."""
 QUANTIZED_BLOCK, QUANTIZED_LEAST = 256, 4096
-"""torchao's 8-bit states: numbers that share a float32 scale, and the least of them in a tensor."""
+"""8-bit states: numbers that share a float32 scale, and the least of them in a parameter."""
 CODE_TABLE_BYTES = 256 * FLOAT32
 """Each 8-bit state has a table of its own of what its codes mean."""
 
@@ -35,7 +35,9 @@ class Memory:
     """Bytes of one GPU by part, and of the host for its process.
 
     ``weights`` are the float32 masters and the copies that are computed with; ``workspace`` what
-    comes and goes within a block, gathered weights among it, and what the libraries take.
+    comes and goes within a block, gathered weights among it, and what the libraries take. ``host``
+    is what waits there beside Python itself; ``staged`` the part of it that copies of asynchronous
+    checkpoints take while they are written.
     """
 
     weights: int
@@ -44,6 +46,7 @@ class Memory:
     activations: int
     workspace: int
     host: int = 0
+    staged: int = 0
 
     @property
     def total(self) -> int:
@@ -53,7 +56,7 @@ class Memory:
     def parts(self) -> dict[str, int]:
         """Each part on the GPU by its name."""
         parts: dict[str, int] = asdict(self)
-        del parts["host"]
+        del parts["host"], parts["staged"]
         return parts
 
 
@@ -84,10 +87,11 @@ def memory(recipe: Recipe, config: Mapping[str, Any], *, processes: int, shard: 
     numbers = sum(count * p.held(shard) for p, count in kept.items())
     moments = sum(count * optimizer_bytes(p, train, shard=shard) for p, count in kept.items())
     state = [FLOAT32 * numbers, FLOAT32 * numbers, moments]
-    host = 0
+    staged = FLOAT32 * numbers + moments if saves_beside(train) else 0
+    host = staged
     if parallel.cpu_offload:
         plain = FLOAT32 * sum(n * p.held(shard) for p, n in kept.items() if not p.spread)
-        host = sum(state) - 4 * plain
+        host += sum(state) - 4 * plain
         state = [plain, plain, 2 * plain]
     waiting = activations(recipe, config, tokens)
     return Memory(
@@ -97,7 +101,17 @@ def memory(recipe: Recipe, config: Mapping[str, Any], *, processes: int, shard: 
         activations=waiting.peak,
         workspace=_workspace(recipe, found, tokens, spread=spread),
         host=host,
+        staged=staged,
     )
+
+
+def saves_beside(train: Train) -> bool:
+    """Whether checkpoints are copied to the host and written beside training; the last one waits.
+
+    Each process copies all that it holds, under DDP everything.
+    """
+    spec = train.checkpoint
+    return spec.asynchronous and (spec.every_minutes is not None or spec.every_steps < train.steps)
 
 
 def micro_batch(recipe: Recipe, *, processes: int) -> int:
@@ -132,13 +146,16 @@ def parameters_of(found: Layers, train: Train, *, spread: bool) -> Iterator[Para
 
 
 def optimizer_bytes(parameter: Parameter, train: Train, *, shard: int) -> int:
-    """Bytes of both running means: float32, or 8 bits where rows are whole blocks."""
+    """Bytes of both running means: float32, or 8 bits where rows are whole blocks.
+
+    The least of 8 bits is of the whole parameter: how it is spread changes no kind of state.
+    """
     numbers = parameter.held(shard)
     if (
         train.optimizer.kind != "adamw_8bit"
         or not parameter.is_matrix
         or parameter.row % QUANTIZED_BLOCK
-        or numbers < QUANTIZED_LEAST
+        or parameter.rows * parameter.row < QUANTIZED_LEAST
     ):
         return 2 * FLOAT32 * numbers
     return 2 * (numbers + FLOAT32 * numbers // QUANTIZED_BLOCK + CODE_TABLE_BYTES)

@@ -16,18 +16,19 @@ _APEX = (
 )
 
 
-def check_optimizer(spec: AdamW, *, device: str) -> None:
+def check_optimizer(spec: AdamW, *, device: str, offload: bool = False) -> None:
     """Refuse an optimizer that cannot run here.
 
     Args:
         spec: The recipe's ``train.optimizer``.
         device: ``cpu``, ``cuda`` or, where it is not known yet, ``auto``.
+        offload: The recipe's ``parallel.cpu_offload``: then the optimizer steps on the host.
 
     Raises:
         UserError: A package or a compiler is missing, or the device does not fit.
     """
     if spec.kind == "adamw_8bit":
-        _check_torchao(device)
+        _check_torchao(device, offload=offload)
     if spec.kind == "apex_adamw":
         _check_apex(device)
 
@@ -44,16 +45,16 @@ def check_trackers(train: Train) -> None:
         )
 
 
-def _check_torchao(device: str) -> None:
+def _check_torchao(device: str, *, offload: bool) -> None:
     asked = "train.optimizer.kind=adamw_8bit"
     if find_spec("torchao") is None:
         raise UserError(
             f"{asked}: torchao is not installed; pip install 'fastvideo-hpc[low-bit]', or use adamw"
         )
-    if not _has_compiler(device) or not _has_python_headers():
+    if not _has_compilers(device, offload=offload) or not _has_python_headers():
         raise UserError(
             f"{asked}: torch compiles it, which needs a C++ compiler and Python's headers; "
-            "apt-get install g++ python3-dev, or use adamw"
+            f"apt-get install g++ python3-dev{_misread()}, or use adamw"
         )
 
 
@@ -68,12 +69,29 @@ def _check_apex(device: str) -> None:
         )
 
 
-def _has_compiler(device: str) -> bool:
-    """Whether there is what torch looks for: a C++ one for the CPU, triton a C one for GPUs."""
+def _has_compilers(device: str, *, offload: bool) -> bool:
+    """Whether there is what torch looks for: a C++ one for the CPU, triton a C one for GPUs.
+
+    With offload steps are compiled for the CPU; what stays whole steps on the GPU all the same.
+    Neither splits CXX and CC into words.
+    """
     for_cpu = [os.environ.get("CXX", "g++")]
     for_gpu = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    names = {"cpu": for_cpu, "cuda": for_gpu}.get(device, for_cpu + for_gpu)
-    return any(shutil.which(name) for name in names)
+    needed = [{"cpu": for_cpu, "cuda": for_gpu}.get(device, for_cpu + for_gpu)]
+    if offload:
+        needed.append(for_cpu)
+    return all(any(shutil.which(name) for name in names) for names in needed)
+
+
+def _misread() -> str:
+    """A hint to variables that torch and triton take for the name of one program."""
+    commands = {name: os.environ.get(name, "") for name in ("CC", "CXX")}
+    return "".join(
+        f"; {name}={command!r} is taken for the name of one program, without arguments: name the "
+        "compiler alone"
+        for name, command in commands.items()
+        if " " in command
+    )
 
 
 def _has_python_headers() -> bool:

@@ -76,7 +76,8 @@ def test_whole_copies_of_14b_do_not_fit_80_gb(capsys: pytest.CaptureFixture[str]
 def test_no_known_gpu_is_large_enough(capsys: pytest.CaptureFixture[str]) -> None:
     code, answer = planned(capsys, str(WAN_14B), "parallel.replicate=8", "parallel.shard=1")
     assert code == 2
-    assert answer["machine"] == {"nodes": 1, "processes": 8, "device": None}
+    machine = {"nodes": 1, "processes": 8, "device": None, "is_cpu": False, "host_gib": None}
+    assert answer["machine"] == machine
     assert "no known GPU has that; on H100-80GB use parallel.replicate=1" in answer["problems"][0]
 
 
@@ -86,6 +87,90 @@ def test_where_nothing_is_said_of_gpus_it_is_a_note(capsys: pytest.CaptureFixtur
     (note,) = answer["notes"]
     assert "parallel.replicate=1 parallel.shard=1 needs" in note
     assert "parallel.cpu_offload" not in note and "on 4 GPUs: weights" in note
+
+
+def cluster(folder: Path, text: str) -> str:
+    path = folder / "cluster.yaml"
+    path.write_text(f"executor: local\ngpus_per_node: 8\n{text}")
+    return str(path)
+
+
+def test_copies_of_checkpoints_count_in_host_memory(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Whole copies of the 1.3B take 8 x 12 bytes a parameter of a node, sharded ones once."""
+    small = cluster(tmp_path, "device: H100-80GB\nmemory_gib: 100\n")
+    arguments = (str(ROOT / "configs/recipes/wan2.1_t2v_1.3b_full.yaml"), "--cluster", small)
+    code, answer = planned(capsys, *arguments)
+    figures = answer["transformers"]["transformer"]
+    assert code == 2 and figures["fits"] and figures["fits_host"] is False
+    assert figures["memory"]["host_of_node"] == 8 * 12 * figures["parameters"]
+    (problem,) = answer["problems"]
+    assert "needs 126.9 GiB of host memory on each node, for each of 8 processes 15.9" in problem
+    assert "memory_gib of the cluster is 100; use parallel.replicate=4 parallel.shard=2:" in problem
+    assert problem.endswith("; or train.checkpoint.asynchronous=false")
+
+    ways = (["parallel.replicate=4", "parallel.shard=2"], ["train.checkpoint.asynchronous=false"])
+    for way in (*ways, ["train.steps=500", "train.checkpoint.every_steps=500"]):
+        assert planned(capsys, *arguments, *way)[0] == 0
+    assert run(["plan", *arguments, "parallel.shard=8"]) == 0
+    text = capsys.readouterr().out
+    assert "15.9 GiB of each node: for each process 2.0 GiB, all of it copies of check" in text
+
+
+def test_offload_is_proposed_where_the_host_has_room_for_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tight = cluster(tmp_path, "device: H100-80GB\nmemory_gib: 256\n")
+    _, answer = planned(capsys, str(WAN_14B), "--cluster", tight, "parallel.processes=2")
+    offloaded = "parallel.cpu_offload=true train.checkpoint.asynchronous=false:"
+    assert f"use parallel.replicate=1 parallel.shard=2 {offloaded}" in answer["problems"][0]
+    none = cluster(tmp_path, "device: H100-80GB\nmemory_gib: 100\n")
+    _, answer = planned(capsys, str(WAN_14B), "--cluster", none, "parallel.processes=2")
+    assert "cpu_offload" not in answer["problems"][0] and "on 4 GPUs:" in answer["problems"][0]
+
+
+@pytest.mark.parametrize(("processes", "smallest"), [(8, "A100-80GB"), (2, "B200")])
+def test_an_unknown_gpu_leaves_the_layout_open(
+    processes: int, smallest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, answer = planned(capsys, str(WAN_14B), f"parallel.processes={processes}")
+    figures = answer["transformers"]["transformer"]
+    assert (code, figures["fits"], figures["smallest_device"]) == (0, None, smallest)
+    assert f"DDP or FSDP, as the GPU allows; on {smallest} FSDP:" in figures["layout"]["reason"]
+
+
+def test_the_smallest_gpu_has_the_layout_it_would_get(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "configs/recipes/wan2.1_t2v_1.3b_full.yaml")
+    _, auto = planned(capsys, recipe, "--cluster", str(NODE))
+    _, whole = planned(capsys, recipe, "--cluster", str(NODE), "parallel.shard=1")
+    names = [a["transformers"]["transformer"]["smallest_device"] for a in (auto, whole)]
+    assert names == ["RTX4090", "A100-40GB"]
+
+
+def test_where_apex_fits_nowhere_adamw_is_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    kind = "train.optimizer.kind=apex_adamw"
+    code, answer = planned(capsys, str(WAN_14B), "--cluster", str(NODE), kind)
+    assert code == 2
+    assert (
+        "use train.optimizer.kind=adamw, for apex_adamw fits nowhere, with parallel.replicate=1 "
+        "parallel.shard=8: weights"
+    ) in answer["problems"][0]
+
+
+def test_cpus_are_as_many_as_the_launcher_starts_and_nothing_is_judged(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = (str(WAN_14B), "--cluster", str(NODE), "train.device=cpu")
+    for more, count in (((), 1), (("parallel.processes=16",), 16)):
+        code, answer = planned(capsys, *arguments, *more)
+        figures = answer["transformers"]["transformer"]
+        assert (code, answer["problems"], answer["notes"]) == (0, [], [])
+        assert (answer["machine"]["processes"], answer["machine"]["device"]) == (count, None)
+        assert figures["fits"] is figures["fits_host"] is figures["smallest_device"] is None
+    assert run(["plan", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "1 process, on CPUs, as train.device says" in text and "  fits" not in text
 
 
 def test_numbers_that_do_not_divide_are_told_with_those_that_do(

@@ -39,6 +39,22 @@ def test_a_checkpoint_is_weights_and_two_running_means() -> None:
             ],
             7,
         ),
+        (["train.steps=2000", "train.checkpoint.keep_every=200"], 4),
+        (["train.steps=2000", "train.checkpoint.keep_every=300"], 4),
+        (
+            [
+                *("train.steps=2000", "train.checkpoint.every_steps=200"),
+                "train.checkpoint.keep_every=300",
+            ],
+            6,
+        ),
+        (
+            [
+                *("train.steps=2000", "train.checkpoint.every_minutes=30"),
+                "train.checkpoint.keep_every=300",
+            ],
+            9,
+        ),
         (["train.steps=10", "train.checkpoint.every_minutes=30"], 3),
     ],
 )

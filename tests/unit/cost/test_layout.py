@@ -100,15 +100,29 @@ def test_sequences_divide_processes_and_heads(
 def test_samples_are_dealt_out_evenly() -> None:
     text = wrong(LARGE, "train.global_batch_size=10", processes=8)
     assert "train.global_batch_size=10: cannot be dealt out to 8 groups of the 8 processes" in text
-    assert text.endswith("use 8 or 16")
+    assert text.endswith("use 8 or 16, or parallel.sequence=4")
     text = wrong(LARGE, "train.global_batch_size=4", processes=8)
-    assert text.endswith("use 8")
+    assert text.endswith("use 8, or parallel.sequence=2")
+    text = wrong(LARGE, "train.global_batch_size=4", "train.micro_batch_size=2", processes=8)
+    assert text.endswith("use 8, or parallel.sequence=4")
+    assert wrong(SMALL, "train.global_batch_size=1", processes=8).endswith(
+        "groups of the 8 processes; use 8"
+    )
     overrides = ("train.global_batch_size=24", "train.micro_batch_size=4")
     text = wrong(LARGE, *overrides, processes=4)
     assert "train.micro_batch_size=4: does not divide the 6 samples of a process" in text
     assert text.endswith("use 3 or 6")
     overrides = ("train.global_batch_size=6", "parallel.sequence=2")
     assert "4 groups of 2 of the 8 processes; use 4 or 8" in wrong(LARGE, *overrides, processes=8)
+
+
+def test_a_sequence_that_is_proposed_suits_the_batch() -> None:
+    overrides = ("train.global_batch_size=2", "parallel.sequence=3")
+    assert wrong(LARGE, *overrides, processes=8).endswith("the model's 40 attention heads; use 4")
+    overrides = ("train.global_batch_size=3", "parallel.sequence=3")
+    assert wrong(LARGE, *overrides, processes=8).endswith("the model's 40 attention heads; use 8")
+    overrides = ("train.global_batch_size=3", "parallel.sequence=5")
+    assert wrong(SMALL, *overrides, processes=8).endswith("12 attention heads; use 4")
 
 
 def test_whole_weights_are_what_apex_takes() -> None:
@@ -147,6 +161,29 @@ def test_few_keys_change_and_the_slow_ones_last(
     spec, config = recipe(name, *overrides), release(name).transformer
     found = nearest_fit(spec, config, processes=processes, memory_gib=H100_GIB)
     assert found is not None and expected in found.overrides
+
+
+def offloaded(processes: int, *, gib: float, host_gib: float | None = None) -> str | None:
+    spec, config = recipe(LARGE), release(LARGE).transformer
+    found = nearest_fit(
+        spec, config, processes=processes, memory_gib=gib, host_gib=host_gib, offload=True
+    )
+    return found.overrides if found else None
+
+
+def test_weights_in_host_memory_are_spread_over_all_and_fit_into_it() -> None:
+    asked = "parallel.replicate=1 parallel.shard=4 parallel.cpu_offload=true"
+    assert offloaded(4, gib=40.0) == asked
+    # 28 bytes a parameter over 4 processes are 93 GiB, without the copies of checkpoints 53 GiB.
+    assert offloaded(4, gib=40.0, host_gib=95.0) == asked
+    assert offloaded(4, gib=40.0, host_gib=60.0) == f"{asked} train.checkpoint.asynchronous=false"
+    assert offloaded(4, gib=40.0, host_gib=50.0) is None
+
+
+def test_offload_works_with_any_shard() -> None:
+    for shard in (1, 2, 8):
+        overrides = (f"parallel.shard={shard}", "parallel.cpu_offload=true")
+        assert chosen(LARGE, *overrides, processes=8).shard == shard
 
 
 def test_nothing_may_fit() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvideo.config.architectures import release
 from fastvideo.config.recipe import Recipe
 from fastvideo.cost.layers import Tokens
-from fastvideo.cost.memory import GIB, Memory, memory, optimizer_bytes, parameters_of
+from fastvideo.cost.memory import GIB, Memory, Parameter, memory, optimizer_bytes, parameters_of
 from fastvideo.cost.transformer import layers, parameters
 from fastvideo.models.tiny_configs import TRANSFORMERS
 from fastvideo.train.optimizer import build_optimizer
@@ -20,6 +20,7 @@ from tests.tiny_world import PAIRS
 
 RECIPES = Path(__file__).parents[3] / "configs/recipes"
 WAN_14B = release("wan2.1_t2v_14b").transformer
+WAN_14B_SIZE = parameters(WAN_14B, "wan2.1")
 
 
 def recipe(*overrides: str, name: str = "wan2.1_t2v_14b_full") -> Recipe:
@@ -82,10 +83,37 @@ def test_eight_bits_take_a_quarter_of_the_optimizer() -> None:
 
 def test_the_host_holds_what_the_gpu_does_not() -> None:
     there, here = of(shard=8), of("parallel.cpu_offload=true", shard=8)
-    assert here.host == pytest.approx(16 * parameters(WAN_14B, "wan2.1") / 8, rel=0.01)
+    assert here.host - here.staged == pytest.approx(16 * WAN_14B_SIZE / 8, rel=0.01)
     assert here.gradients + here.optimizer < GIB / 10
-    assert here.total < there.total - here.host * 0.9
-    assert there.host == 0 and "host" not in there.parts()
+    assert here.total < there.total - (here.host - here.staged) * 0.9
+    assert there.host == there.staged and not {"host", "staged"} & set(there.parts())
+
+
+def test_asynchronous_checkpoints_copy_what_a_process_holds() -> None:
+    assert of().staged == 12 * WAN_14B_SIZE
+    assert of(shard=8).staged == pytest.approx(12 * WAN_14B_SIZE / 8, rel=1e-2)
+    assert of("train.optimizer.kind=adamw_8bit").staged == pytest.approx(
+        6.03 * WAN_14B_SIZE, rel=2e-3
+    )
+    for none in (
+        ("train.checkpoint.asynchronous=false",),
+        ("train.steps=500", "train.checkpoint.every_steps=500"),  # the last one waits
+    ):
+        assert of(*none).host == 0
+    by_the_clock = ("train.steps=500", "train.checkpoint.every_minutes=10")
+    assert of(*by_the_clock).host > 0
+
+
+def test_eight_bits_do_not_depend_on_how_weights_are_spread() -> None:
+    """A matrix of 16 rows of 256 is just large enough, in however many parts."""
+    spec = recipe("train.optimizer.kind=adamw_8bit").train
+    matrix = Parameter(rows=16, row=256, is_matrix=True, spread=True)
+    tables = 2 * 4 * 256
+    eight_bits = 2 * 4096 + 2 * 4 * 16
+    for shard in (1, 2, 16):
+        assert optimizer_bytes(matrix, spec, shard=shard) - tables == eight_bits / shard
+    smaller = Parameter(rows=15, row=256, is_matrix=True, spread=True)
+    assert optimizer_bytes(smaller, spec, shard=1) == 8 * 15 * 256
 
 
 def test_processes_that_share_a_sample_hold_less_of_it() -> None:
