@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,11 +24,14 @@ def kept_by_autograd(run: Callable[[], Any], model: nn.Module) -> int:
     copies = {_numbers(p.detach().bfloat16()) for p in model.parameters() if p.ndim > 1}
     kept: list[Tensor] = []
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(saved: Tensor) -> Tensor:
+        tensor = saved
+        if isinstance(saved, AsyncCollectiveTensor):  # from another process, memory is inside
+            tensor = saved.trigger_wait()
         is_copy = tensor.dtype == torch.bfloat16 and _numbers(tensor) in copies
         if tensor.untyped_storage().data_ptr() not in parameters and not is_copy:
             kept.append(tensor)
-        return tensor
+        return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
