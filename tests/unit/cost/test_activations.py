@@ -162,7 +162,7 @@ def kept_by_one_of_several(rank: int) -> dict[tuple[str, str], int]:
 
 
 def test_two_processes_keep_what_is_counted_of_one_that_shares() -> None:
-    """Not to the byte: what the exchanges keep for themselves is 0.9 % at most of these."""
+    """The largest difference, 0.9 %, is of HunyuanVideo in float32."""
     for measured in in_ranks(2, kept_by_one_of_several):
         for pair in ARCHITECTURES:
             config = TRANSFORMERS[pair.family, pair.task]
