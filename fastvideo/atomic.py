@@ -145,10 +145,15 @@ def _locked(file: IO[str], kind: int) -> bool:
 
 
 def _holds(file: IO[str]) -> bool:
-    """Whether the process that wrote its name into a lock file runs on this host."""
+    """Whether the process that wrote its name into a lock file runs on this host.
+
+    Our own id there is that of a dead one: in containers each start may get the same.
+    """
     file.seek(0)
     host, _, pid = file.read().strip().partition(" ")
-    return host == socket.gethostname() and pid.isdigit() and running(int(pid))
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    return int(pid) != os.getpid() and running(int(pid))
 
 
 def running(pid: int) -> bool:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """All verbs of a recipe in order, each in a process of its own, killed and rerun at will."""
 
+import functools
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from fastvideo.config.recipe import Recipe
 from fastvideo.errors import EXIT_DONE, EXIT_STOPPED
 from fastvideo.log import logger
 from fastvideo.state import RunDir
+from fastvideo.train.node import lifeline
 
 VERBS = ("preprocess", "train", "export", "generate")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -57,13 +60,21 @@ class _Stops:
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str]) -> int:
-        """Run a child, its output on our stderr: stdout is for results."""
-        self._child = subprocess.Popen(command, stdout=sys.stderr)
+        """Run a child, its output on our stderr: stdout is for results; it dies with us."""
+        if self.received is not None:  # between two children
+            return EXIT_STOPPED
+        dying = functools.partial(lifeline.die_with, os.getpid())
+        self._child = subprocess.Popen(command, stdout=sys.stderr, preexec_fn=dying)
+        if self.received is not None:  # while it was started
+            self._pass_on(self.received)
         code = self._child.wait()
         return code if code >= 0 else 128 - code
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
         # Ctrl-C reaches the child by itself, as part of the terminal's group.
         if number != signal.SIGINT and self._child is not None and self._child.poll() is None:
             self._child.send_signal(number)

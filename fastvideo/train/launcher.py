@@ -203,13 +203,18 @@ def _train(
 
 def _processes(recipe: Recipe) -> int:
     """How many processes train on this node."""
-    if recipe.parallel.processes is not None:
-        return recipe.parallel.processes
+    asked = recipe.parallel.processes
     if recipe.train.device == "cpu":
-        return 1
+        return asked or 1
     import torch
 
-    return max(1, torch.cuda.device_count())
+    visible = torch.cuda.device_count()
+    if asked is not None and 0 < visible < asked:
+        raise UserError(
+            f"parallel.processes={asked}: each needs a GPU of its own and this node shows "
+            f"{visible}; set it to {visible}, or leave it out"
+        )
+    return asked or max(1, visible)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def test_one_that_holds_it_alone_keeps_late_ones_out(tmp_path: Path) -> None:
     with atomic.alone(tmp_path / "lock", busy="busy"):
         child = start_fork(lambda: late(tmp_path / "lock"), environment={})
         assert wait_for(child) == 0
+
+
+def test_a_dead_holder_with_our_own_process_id_is_waited_for(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    child = start_fork(lambda: late_leaver(lock), environment={})
+    until(lambda: lock.exists() and lock.read_text() == "shared")
+    lock.write_text(f"{socket.gethostname()} {os.getpid()}\n")  # containers: 1 at each start
+    with atomic.alone(lock, busy="busy", wait_s=10):
+        pass
+    assert wait_for(child) == 0
+
+
+def late_leaver(lock: Path) -> None:
+    with atomic.together(lock, wait_s=1):
+        lock.write_text("shared")
+        time.sleep(0.5)
 
 
 def late(lock: Path) -> int:

@@ -74,6 +74,14 @@ def deaf() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process with the process ``parent``; at once if that is gone."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 @contextlib.contextmanager
 def tied(parent: int, *, lock: Path) -> Iterator[None]:
     """Die with the process ``parent``, and keep ``lock`` from others until then.
@@ -81,10 +89,10 @@ def tied(parent: int, *, lock: Path) -> Iterator[None]:
     A start that takes over waits for the lock, so it never runs beside processes that are still
     on their way out.
     """
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    die_with(parent)
     with atomic.together(lock, wait_s=LAST_BREATH_S) as held:
-        # In this order: whoever gets here late finds that its parent is gone.
-        if not held or os.getppid() != parent:
+        if not held:
+            print(f"{lock}: is held by another start for {LAST_BREATH_S:g} s", file=sys.stderr)
+            sys.stderr.flush()
             os._exit(1)
         yield

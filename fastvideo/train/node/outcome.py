@@ -17,6 +17,8 @@ from fastvideo.train.node.brief import LaunchDir
 
 Kind = Literal["finished", "stopped", "user_error", "failed", "error"]
 SHOWN_LINES = 12
+CLOCKS_S = 2
+"""What the clocks of nodes differ by, and what torchrun takes to see a death."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,10 @@ def first_failure(launch: LaunchDir, words: Sequence[str] = ()) -> UserError | F
     """What went wrong first, for the user.
 
     What processes say they know counts before what happened to them: a hang, a mistake in the
-    input, a full disk; then a death by a signal, which leaves the others without a partner; then
-    errors by time, for those that lost their partner say so too. A process that torchrun kills
-    because another one failed is killed seconds later, and is not the first.
+    input, a full disk unless one was killed before; then a death by a signal, which leaves the
+    others without a partner; then errors by time, for those that lost their partner say so too. A
+    process that torchrun kills because another one failed is killed seconds later, and is not the
+    first; one that libraries abort because it lost its partner is not before what that one says.
     """
     hangs = sorted((tree for _, tree in _read(launch, "node-*.hang.json")), key=_time)
     if hangs:
@@ -109,12 +112,16 @@ def first_failure(launch: LaunchDir, words: Sequence[str] = ()) -> UserError | F
     for outcome in outcomes:
         if outcome.kind == "user_error":
             return UserError(outcome.message)
-        if outcome.kind == "failed":
-            return Failed(_describe(outcome, launch))
+    known = [outcome for outcome in outcomes if outcome.kind == "failed"]
+    killed = [death for death in deaths if death.signal not in ("", "SIGABRT")]
+    if known and killed and killed[0].time <= known[0].time + CLOCKS_S:
+        return Failed(_describe_death(killed[0], launch))
+    if known:
+        return Failed(_describe(known[0], launch))
     errors = [outcome for outcome in outcomes if outcome.kind == "error"]
     first_s = min([death.time for death in deaths] + [error.time for error in errors], default=0)
     for death in deaths:
-        if death.signal and death.time <= first_s + 2:
+        if death.signal and death.time <= first_s + CLOCKS_S:
             return Failed(_describe_death(death, launch))
     if errors:
         return Failed(_describe(errors[0], launch))

@@ -71,6 +71,16 @@ def test_mistakes_in_the_input_and_known_failures_come_first(tmp_path: Path) -> 
     full = Outcome(1, "failed", 40, "the disk is full", time=NOW + 1)
     said = failure(LaunchDir(tmp_path / "2"), full, lost(0, at=NOW))
     assert isinstance(said, Failed) and "the disk is full" in str(said)
+    aborted = died(0, "SIGABRT")
+    assert "the disk is full" in str(failure(LaunchDir(tmp_path / "2"), full, aborted))
+
+
+def test_a_save_that_fails_since_a_partner_was_killed_is_told_as_that(tmp_path: Path) -> None:
+    closed = Outcome(0, "failed", 41, "cannot be saved (Connection closed by peer)", time=NOW + 1)
+    said = str(failure(LaunchDir(tmp_path), closed, died(1, "SIGKILL")))
+    assert "rank 1 (process 101 on n1) was killed by SIGKILL" in said
+    later = failure(LaunchDir(tmp_path / "2"), closed, died(1, "SIGKILL", at=NOW + 10))
+    assert "cannot be saved" in str(later)
 
 
 def test_a_hang_is_told_before_what_ending_it_did(tmp_path: Path) -> None:
