@@ -45,6 +45,14 @@ class Saved:
     optimizer: torch.optim.Optimizer
 
 
+@dataclass(frozen=True)
+class Copy:
+    """Which of several equal copies of the state a process holds, or a part of which."""
+
+    number: int = 0
+    count: int = 1
+
+
 class Saver:
     """Writes checkpoints, one at a time, while training goes on or while it waits.
 
@@ -52,10 +60,23 @@ class Saver:
     """
 
     def __init__(
-        self, directory: TrainDir, *, spec: Checkpoints, group: dist.ProcessGroup | None
+        self,
+        directory: TrainDir,
+        *,
+        spec: Checkpoints,
+        group: dist.ProcessGroup | None,
+        copy: Copy = Copy(),
     ) -> None:
-        """``group`` is a gloo group that nothing else uses; None in a single process."""
+        """Write for a group of processes.
+
+        Args:
+            directory: Of the training.
+            spec: When to keep what.
+            group: A gloo group that nothing else uses; None in a single process.
+            copy: Each copy writes, and holds in host memory meanwhile, its share of the tensors.
+        """
         self._directory, self._spec, self._group = directory, spec, group
+        self._copy = copy
         self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -76,7 +97,7 @@ class Saver:
             Failed: This one or the one before could not be written; complete ones are intact.
         """
         self.finish()
-        tensors = _state_of(saved)
+        tensors = _share(_state_of(saved), self._copy)
         self._begin(step)
         if wait or not self._spec.asynchronous:
             self._write(tensors, step, about)
@@ -175,6 +196,23 @@ def _state_of(saved: Saved) -> dict[str, Any]:
             if name.endswith(".step") and isinstance(value, Tensor):
                 value.zero_()
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _share(state: dict[str, Any], copy: Copy) -> dict[str, Any]:
+    """What one of several equal copies writes: tensors, largest first, to whom has least so far."""
+    sizes = {
+        (part, name): value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+        for part, values in state.items()
+        for name, value in values.items()
+    }
+    loads = [0] * copy.count
+    ours: dict[str, Any] = {part: {} for part in state}
+    for part, name in sorted(sizes, key=lambda key: (-sizes[key], key)):
+        least = loads.index(min(loads))
+        loads[least] += sizes[part, name]
+        if least == copy.number:
+            ours[part][name] = state[part][name]
+    return ours
 
 
 def _write_files(temporary: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:

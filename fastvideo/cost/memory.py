@@ -87,7 +87,9 @@ def memory(recipe: Recipe, config: Mapping[str, Any], *, processes: int, shard: 
     numbers = sum(count * p.held(shard) for p, count in kept.items())
     moments = sum(count * optimizer_bytes(p, train, shard=shard) for p, count in kept.items())
     state = [FLOAT32 * numbers, FLOAT32 * numbers, moments]
-    staged = FLOAT32 * numbers + moments if saves_beside(train) else 0
+    # Equal copies of the weights share the writing, see fastvideo.checkpoint.
+    copies = processes // shard
+    staged = (FLOAT32 * numbers + moments) // copies if saves_beside(train) else 0
     host = staged
     if parallel.cpu_offload:
         plain = FLOAT32 * sum(n * p.held(shard) for p, n in kept.items() if not p.spread)

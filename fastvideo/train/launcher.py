@@ -8,7 +8,7 @@ import contextlib
 import functools
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,10 @@ from fastvideo.state import RunDir, ShardStore, TrainDir
 from fastvideo.train import attempts
 from fastvideo.train.installed import check_optimizer, check_trackers
 from fastvideo.train.node import parent
+from fastvideo.train.node.brief import LaunchDir
 from fastvideo.train.node.lifeline import LAST_BREATH_S
 from fastvideo.train.node.nodes import Nodes, read_nodes
+from fastvideo.train.node.outcome import tell_early
 from fastvideo.train.node.pulse import Watched
 from fastvideo.train.process import Process
 from fastvideo.train.stop import StopRequest, stopped
@@ -84,7 +86,11 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
     nodes = read_nodes(os.environ)
     store = ShardStore(recipe.shards.path)
     directories = {name: RunDir(recipe.run_dir).training(name) for name in recipe.transformers}
-    with StopRequest(RunDir(recipe.run_dir)) as stop, contextlib.ExitStack() as locks:
+    with (
+        StopRequest(RunDir(recipe.run_dir)) as stop,
+        _telling_others(directories.values(), nodes),
+        contextlib.ExitStack() as locks,
+    ):
         # A finished run stays finished when its shards are gone.
         done = all(_finished(directory, recipe) for directory in directories.values())
         plan = None if done and store.read_plan() is None else state.complete_plan(store)
@@ -124,6 +130,21 @@ class _Start:
         return self.nodes.rank == 0
 
 
+@contextlib.contextmanager
+def _telling_others(directories: Iterable[TrainDir], nodes: Nodes) -> Iterator[None]:
+    """Let the other nodes know why this one ends where its processes cannot."""
+    launches = [LaunchDir(directory.launches / nodes.launch_id) for directory in directories]
+    # One that began before with the same id is not ours.
+    ours = [launch for launch in launches if not launch.brief(nodes.rank).exists()]
+    try:
+        yield
+    except Exception as error:
+        if nodes.count > 1:
+            for launch in ours:
+                tell_early(launch, nodes.rank, error)
+        raise
+
+
 def _check_family(recipe: Recipe) -> None:
     """Transformers of one run are exported together: they must be of one model."""
     for folder in sorted(RunDir(recipe.run_dir).root.glob("train/*/")):
@@ -151,7 +172,8 @@ def _busy(directory: TrainDir) -> str:
 
 def _check_machine(recipe: Recipe, transformer: str, nodes: Nodes) -> None:
     """What is asked for must be installed here, and divide among the processes."""
-    check_optimizer(recipe.train.optimizer, device=recipe.train.device)
+    offload = recipe.parallel.cpu_offload
+    check_optimizer(recipe.train.optimizer, device=recipe.train.device, offload=offload)
     check_trackers(recipe.train)
     config = read_config(find_model(recipe.model.path), f"{transformer}/config.json")
     processes = _processes(recipe) * nodes.count

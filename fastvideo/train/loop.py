@@ -123,7 +123,7 @@ class Loop:
             ahead=2 * train.global_batch_size // team.layout.data,
         )
         self._drawn: Iterator[Drawn] = stack.enter_context(closing(drawn))
-        self._saver = Saver(job.directory, spec=train.checkpoint, group=team.saving)
+        self._saver = Saver(job.directory, spec=train.checkpoint, group=team.saving, copy=team.copy)
         self._metrics = self._progress = None
         if team.leads:
             metrics = Metrics(

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fastvideo.checkpoint import Copy
 from fastvideo.config.parallel import Parallel
 from fastvideo.cost.layout import Layout
 from fastvideo.models import weights
@@ -55,6 +56,11 @@ class Team:
     def leads(self) -> bool:
         """Whether this process writes what is written once."""
         return self.process.rank == 0
+
+    @property
+    def copy(self) -> Copy:
+        """Which copy of the weights this process holds, or a part of."""
+        return Copy(self.process.rank // self.layout.shard, self.layout.replicate)
 
     def share(self, batch: Sequence[Any]) -> Sequence[Any]:
         """Our part of the samples of a step; the same for all that share a sample's tokens."""

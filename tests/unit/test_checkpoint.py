@@ -2,12 +2,13 @@
 """Saving changes nothing of what is saved, and says what went wrong whatever it meets."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fastvideo.checkpoint import Saved, Saver, resume
+from fastvideo.checkpoint import Copy, Saved, Saver, _share, resume
 from fastvideo.config.train import Checkpoints
 from fastvideo.errors import Failed
 from fastvideo.state import TrainDir
@@ -72,3 +73,25 @@ def test_old_checkpoints_that_cannot_be_removed_are_no_failed_save(
     monkeypatch.setattr("fastvideo.state.prune_checkpoints", busy)
     saver(tmp_path).save(state_of_a_model(), step=1, about=ABOUT, wait=True)
     assert TrainDir(tmp_path).complete_checkpoints() == [1]
+
+
+def test_copies_share_the_writing_evenly_and_leave_nothing_out() -> None:
+    state: dict[str, dict[str, Any]] = {
+        "model": {f"w{size}": torch.empty(size) for size in (1000, 900, 500, 300, 60, 7)},
+        "optimizer": {"a.step": torch.tensor(1.0), "a.lr": 1e-3, "b": torch.empty(800)},
+    }
+    parts = [_share(state, Copy(number, 3)) for number in range(3)]
+    for name, values in state.items():
+        written = [key for part in parts for key in part[name]]
+        assert sorted(written) == sorted(values), "each once"
+    loads = [
+        sum(
+            v.numel()
+            for values in part.values()
+            for v in values.values()
+            if not isinstance(v, float)
+        )
+        for part in parts
+    ]
+    assert max(loads) <= 1.25 * min(loads)
+    assert _share(state, Copy()) == state
