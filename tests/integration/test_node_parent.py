@@ -194,7 +194,9 @@ def kill(command: Command, pids: Callable[[Command], list[int]]) -> None:
 
 @pytest.mark.timeout(200)
 def test_a_process_that_hangs_is_named(world: World, tmp_path: Path) -> None:
-    command = start(world, tmp_path, "train.watch.hang_minutes=0.1", "train.steps=100000")
+    # No save is under way when it is stopped: that has more time.
+    rare = "train.checkpoint.every_steps=50"
+    command = start(world, tmp_path, "train.watch.hang_minutes=0.1", "train.steps=100000", rare)
     until(command.saved)
     ranks = command.ranks()
     command.signal(signal.SIGSTOP, ranks[1])
@@ -231,23 +233,25 @@ def test_two_nodes_train_what_two_processes_train(
     world: World, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     port = 20000 + os.getpid() % 20000
-    shared = {
-        "FASTVIDEO_NODES": "2",
-        "FASTVIDEO_RENDEZVOUS": f"127.0.0.1:{port}",
-        "FASTVIDEO_LAUNCH_ID": "job-1",
-    }
-    nodes = [
-        start(
-            world,
-            tmp_path,
-            "parallel.processes=1",
-            environment={**shared, "FASTVIDEO_NODE_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    for node in nodes:
-        assert node.process.wait(150) == 0, node.said.read_text()
-        assert node.started() == {} or node is nodes[0]
+    shared = {"FASTVIDEO_NODES": "2", "FASTVIDEO_RENDEZVOUS": f"127.0.0.1:{port}"}
+
+    def node(rank: int, launch_id: str) -> Command:
+        told = {"FASTVIDEO_NODE_RANK": str(rank), "FASTVIDEO_LAUNCH_ID": launch_id}
+        return start(world, tmp_path, "parallel.processes=1", environment={**shared, **told})
+
+    alone = node(1, "job-1")  # waits for node 0
+    launches = alone.directory.launches
+    until((launches / "job-1" / "node-1.brief.json").exists)
+    alone.signal(signal.SIGTERM)
+    assert_stopped(alone, "SIGTERM", after=0)
+    code, said = node(0, "job-1").ended(within_s=60)
+    assert code == 75 and "node 1: stopped by SIGTERM" in said, said
+
+    late = [node(1, "job-2")]
+    time.sleep(4)
+    late.append(node(0, "job-2"))
+    for each in late:
+        assert each.process.wait(150) == 0, each.said.read_text()
+    assert late[1].started() == {}
     assert_same(tmp_path, undisturbed.run_dir)
-    again = start(world, tmp_path, environment={**shared, "FASTVIDEO_NODE_RANK": "1"})
-    assert again.ended()[0] == 0
+    assert node(1, "job-2").ended()[0] == 0

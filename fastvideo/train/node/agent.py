@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from fastvideo import atomic
 from fastvideo.train.node import lifeline
 from fastvideo.train.node.brief import Brief
+from fastvideo.train.node.nodes import RENDEZVOUS_S
 from fastvideo.train.node.outcome import Death
 from fastvideo.train.node.pulse import read_beats
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
-RENDEZVOUS_S = 900
 SHUTDOWN_S = "10"
 """What is left of a failed launch gets so long to end."""
 

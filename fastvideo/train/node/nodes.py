@@ -10,6 +10,8 @@ from fastvideo.errors import UserError
 
 COUNT, RANK = "FASTVIDEO_NODES", "FASTVIDEO_NODE_RANK"
 RENDEZVOUS, LAUNCH_ID = "FASTVIDEO_RENDEZVOUS", "FASTVIDEO_LAUNCH_ID"
+RENDEZVOUS_S = 900
+"""How long nodes wait for each other."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastvideo import atomic
-from fastvideo.errors import Failed, UserError
+from fastvideo.errors import Failed, Stopped, UserError
 from fastvideo.train.node.brief import LaunchDir
 
 Kind = Literal["finished", "stopped", "user_error", "failed", "error"]
@@ -64,9 +64,16 @@ class Death:
 def read_outcomes(launch: LaunchDir, words: Iterable[str] = ()) -> dict[int, Outcome]:
     """Outcomes by rank: those in the launch folder, and those told as ``words``."""
     trees = [tree for _, tree in _read(launch, "rank-*.json")]
+    written = {tree["rank"]: Outcome(**tree) for tree in trees}
+    return {**parse_words(words), **written}  # the file says more, if there is one
+
+
+def parse_words(words: Iterable[str]) -> dict[int, Outcome]:
+    """Outcomes by rank, as ``Outcome.text`` wrote them."""
+    trees = []
     for text in words:
         with contextlib.suppress(json.JSONDecodeError):  # more than there was room for
-            trees.insert(0, json.loads(text))  # the file says more, if there is one
+            trees.append(json.loads(text))
     return {tree["rank"]: Outcome(**tree) for tree in trees}
 
 
@@ -81,6 +88,49 @@ def failed_nodes(launch: LaunchDir) -> set[int]:
     """Nodes whose processes failed or hang."""
     ended = {node for node, tree in _read(launch, "node-*.ended.json") if tree["error"]}
     return ended | {node for node, _ in _read(launch, "node-*.hang.json")}
+
+
+def tell_early(launch: LaunchDir, node: int, error: Exception) -> None:
+    """Write down for the other nodes why one ends before its processes can say it.
+
+    One that ends because another node did has nothing to say.
+    """
+    kind: Kind = "user_error" if isinstance(error, UserError) else "failed"
+    report = {
+        "deaths": [],
+        "error": str(error) or type(error).__name__,
+        "kind": "stopped" if isinstance(error, Stopped) else kind,
+    }
+    with contextlib.suppress(OSError):  # a full disk, say
+        if not launch.ended(node).exists() and not failed_nodes(launch):
+            atomic.write_json(launch.ended(node), report, point="ended")
+
+
+def early_end(launch: LaunchDir) -> Stopped | UserError | Failed | None:
+    """Why a node ended before its processes trained, if one did."""
+    kinds: dict[str, type[Stopped | UserError | Failed]]
+    kinds = {"stopped": Stopped, "user_error": UserError, "failed": Failed}
+    for node, tree in _read(launch, "node-*.ended.json"):
+        if tree.get("kind") in kinds:
+            return kinds[tree["kind"]](f"node {node}: {tree['error']}")
+    return None
+
+
+def is_broken_by_stop(
+    launch: LaunchDir, words: Sequence[str], *, asked_s: float, saved: int
+) -> bool:
+    """Whether all that went wrong are errors after a stop was asked for and before a step was done.
+
+    The signal of a queue reaches what a process started to compile too, which fails then.
+    """
+    outcomes = read_outcomes(launch, words).values()
+    errors = [outcome for outcome in outcomes if outcome.kind not in ("finished", "stopped")]
+    killed = any(death.signal == "SIGKILL" for death in read_deaths(launch))
+    after = all(
+        error.kind == "error" and error.step <= saved + 1 and error.time >= asked_s - CLOCKS_S
+        for error in errors
+    )
+    return bool(errors) and after and not killed
 
 
 def _read(launch: LaunchDir, pattern: str) -> list[tuple[int, Any]]:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,24 @@ from fastvideo.log import logger
 from fastvideo.state import TrainDir
 from fastvideo.train.node import lifeline
 from fastvideo.train.node.brief import Brief, LaunchDir
-from fastvideo.train.node.nodes import LAUNCH_ID, Nodes
-from fastvideo.train.node.outcome import failed_nodes, first_failure, read_outcomes
+from fastvideo.train.node.nodes import LAUNCH_ID, RENDEZVOUS_S, Nodes
+from fastvideo.train.node.outcome import (
+    Outcome,
+    early_end,
+    failed_nodes,
+    first_failure,
+    is_broken_by_stop,
+    parse_words,
+    read_outcomes,
+)
 from fastvideo.train.node.pulse import (
     ENDED,
     START,
     Beat,
+    Patience,
     Pulses,
     Standstill,
     describe_hang,
-    patience,
 )
 from fastvideo.train.stop import StopRequest, stopped
 
@@ -78,31 +86,60 @@ def train(work: Work, *, stop: StopRequest, finished: Callable[[], bool]) -> Non
         _brief(work, launch, pulses=pulses.path).write(path)
         where = "this node" if nodes.count == 1 else f"each of {nodes.count} nodes"
         logger.info("%d processes on %s; logs in %s", work.processes, where, launch.root)
+        _await_node_0(stop, work, launch)
+        asked_s = None
         log = launch.node_log(nodes.rank)
         with _agent(str(path.resolve()), log=log, pulses=pulses) as agent:
             minutes = work.recipe.train.watch.hang_minutes
             watch = _Watch(launch, nodes, pulses, hang_minutes=minutes)
             while _runs(agent) and not watch.is_over():
                 _pass_on(stop, work, launch, pulses)
+                asked_s = asked_s or (time.time() if stop.reason() else None)
             code = agent.poll()
         words = pulses.words()
-    if stop.reason():
+    if reason := stop.reason():
         stop.honour()
-    _judge(_End(launch, nodes, code, words), finished)
+    _judge(_End(work, launch, code, words, reason, asked_s or time.time()), finished)
+
+
+def _await_node_0(stop: StopRequest, work: Work, launch: LaunchDir) -> None:
+    """Wait until node 0 lets others hold the run's lock, as the processes of this node will."""
+    deadline_s = time.monotonic() + RENDEZVOUS_S
+    while not launch.brief(0).exists():
+        _end_at_once(stop, work)
+        if failed_nodes(launch):
+            raise early_end(launch) or first_failure(launch)
+        if time.monotonic() > deadline_s:
+            raise Failed(f"waited {RENDEZVOUS_S // 60} min; {_absent([0], launch)}")
+        time.sleep(LOOK_S)
+
+
+def _absent(nodes: Sequence[int], launch: LaunchDir) -> str:
+    names = " and ".join(f"node {node}" for node in nodes)
+    return (
+        f"{names} did not come: no word of it is in {launch.root}; start all nodes with the same "
+        f"run_dir and {LAUNCH_ID}, and see what it said"
+    )
+
+
+def _end_at_once(stop: StopRequest, work: Work) -> None:
+    """Honour a stop where nothing has begun to train."""
+    if reason := stop.reason():
+        stop.honour()
+        raise stopped(work.directory, reason, steps=work.recipe.train.steps)
 
 
 def _pass_on(stop: StopRequest, work: Work, launch: LaunchDir, pulses: Pulses) -> None:
-    """Tell the processes of a request to stop; end at once what has not begun to train.
-
-    Of several nodes each would have to know that, so they begin first and stop together.
-    """
+    """Tell the processes of a request to stop; end at once what has not begun to train."""
     if stop.signalled and not launch.stop.exists():
         atomic.write_bytes(launch.stop, stop.signalled.encode(), point="stop")
-    reason = stop.reason()
-    starting = all(beat.phase == START for beat in pulses.read().values())
-    if reason and starting and work.nodes.count == 1:
-        stop.honour()
-        raise stopped(work.directory, reason, steps=work.recipe.train.steps)
+    if _is_starting(pulses.read().values()):
+        _end_at_once(stop, work)
+
+
+def _is_starting(beats: Iterable[Beat]) -> bool:
+    """Whether none of the processes has begun to train."""
+    return all(beat.phase == START for beat in beats)
 
 
 def _brief(work: Work, launch: LaunchDir, *, pulses: str) -> Brief:
@@ -125,7 +162,7 @@ def _new_launch(directory: TrainDir, nodes: Nodes) -> LaunchDir:
     """A folder for this launch; node 0 removes those of old ones."""
     name = nodes.launch_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     launch = LaunchDir(directory.launches / name)
-    if launch.brief(nodes.rank).exists():
+    if launch.brief(nodes.rank).exists() or launch.ended(nodes.rank).exists():
         raise UserError(
             f"{LAUNCH_ID}={name}: was used before, see {launch.root}; each start needs a new one"
         )
@@ -162,29 +199,40 @@ class _Watch:
         self, launch: LaunchDir, nodes: Nodes, pulses: Pulses, *, hang_minutes: float
     ) -> None:
         self._launch, self._nodes, self._pulses = launch, nodes, pulses
-        self._minutes, self._still = hang_minutes, Standstill(every_s=LOOK_S)
+        self._patience, self._still = Patience(hang_minutes), Standstill(every_s=LOOK_S)
         self._next_look_s, self._others_failed_s = 0.0, float("inf")
 
     def is_over(self) -> bool:
         """Whether there is nothing to wait for any more."""
-        beats = {r: beat for r, beat in self._pulses.read().items() if beat.phase != ENDED}
-        starting = any(beat.phase == START for beat in beats.values())
-        minutes = patience(self._minutes, starting=starting)
-        if self._still.look(beats) > minutes * 60:
-            self._tell_hang(beats, minutes)
+        said = self._pulses.read()
+        beats = {rank: beat for rank, beat in said.items() if beat.phase != ENDED}
+        minutes = self._patience.minutes(beats)
+        if not said and self._nodes.count > 1:
+            minutes += RENDEZVOUS_S / 60
+        if self._still.look(beats or {-1: "nobody"}) > minutes * 60:
+            if beats:
+                self._tell_hang(beats, minutes)
+            elif not said:
+                log = self._launch.node_log(self._nodes.rank)
+                self._tell(f"no process of this node began within {minutes:g} min; see {log}")
             return True
+        return self._is_over_elsewhere(GRACE_S if not _is_starting(said.values()) else 0.0)
+
+    def _is_over_elsewhere(self, grace_s: float) -> bool:
         now_s = time.monotonic()
         if self._nodes.count > 1 and now_s >= self._next_look_s:
             self._next_look_s = now_s + OTHERS_S
             if failed_nodes(self._launch) - {self._nodes.rank}:
                 self._others_failed_s = min(self._others_failed_s, now_s)
-        return now_s - self._others_failed_s > GRACE_S
+        return now_s - self._others_failed_s >= grace_s
+
+    def _tell(self, message: str) -> None:
+        report = {"message": message, "time": time.time()}
+        atomic.write_json(self._launch.hang(self._nodes.rank), report, point="hang")
 
     def _tell_hang(self, beats: dict[int, Beat], minutes: float) -> None:
-        message = describe_hang(beats, minutes=minutes)
         logs = self._launch.rank_log(min(beats)).with_name("rank-*.log")
-        report = {"message": f"{message}; where each of them is: {logs}", "time": time.time()}
-        atomic.write_json(self._launch.hang(self._nodes.rank), report, point="hang")
+        self._tell(f"{describe_hang(beats, minutes=minutes)}; where each of them is: {logs}")
         for beat in beats.values():
             if atomic.running(beat.pid):
                 os.kill(beat.pid, signal.SIGUSR1)  # writes the stacks to its log
@@ -195,33 +243,57 @@ class _Watch:
 class _End:
     """What a launch left."""
 
+    work: Work
     launch: LaunchDir
-    nodes: Nodes
     code: int | None
     """The agent's exit code, None if it had to be killed."""
     words: Sequence[str]
     """Last words of this node's processes."""
+    reason: str | None
+    """Why it was asked to stop."""
+    asked_s: float
+    """When it was, seconds of the Unix epoch."""
 
 
 def _judge(end: _End, finished: Callable[[], bool]) -> None:
     """Return if all is done, else raise what became of it; saved state counts, not exit codes."""
-    launch, code = end.launch, end.code
-    deadline_s = time.monotonic() + (OTHERS_S if end.nodes.count > 1 else 0)
+    nodes, own = end.work.nodes, _agreed(end)
+    deadline_s = time.monotonic() + (OTHERS_S if nodes.count > 1 else 0)
     while True:  # what other nodes wrote is seen a little later
-        outcomes = read_outcomes(launch, end.words)
-        if finished():
-            if code != 0:
-                logger.warning("a process failed after all was saved; see %s", launch.root)
+        if finished() or (own and own.kind == "finished" and nodes.rank > 0):
+            if end.code != 0:
+                logger.warning("a process failed after all was saved; see %s", end.launch.root)
             return
         # Rank 0 writes what makes a checkpoint complete, so its word is enough.
-        if 0 in outcomes and outcomes[0].kind == "stopped":
-            raise Stopped(outcomes[0].message)
+        for outcome in (read_outcomes(end.launch, end.words).get(0), own):
+            if outcome and outcome.kind == "stopped":
+                raise Stopped(outcome.message)
         if time.monotonic() >= deadline_s:
-            break
+            raise _failure(end)
         time.sleep(0.5)
-    if code is not None and code < 0:
-        raise Failed(
+
+
+def _agreed(end: _End) -> Outcome | None:
+    """How all processes of this node ended, where they agree: they finish and stop together."""
+    told = list(parse_words(end.words).values())
+    alike = len({outcome.kind for outcome in told}) == 1
+    return told[0] if alike and len(told) == end.work.processes else None
+
+
+def _failure(end: _End) -> Stopped | UserError | Failed:
+    launch = end.launch
+    if end.code is not None and end.code < 0:
+        return Failed(
             f"the process that starts all others of this node was killed by "
-            f"{signal.Signals(-code).name}, most likely out of host memory; see {launch.root}"
+            f"{signal.Signals(-end.code).name}, most likely out of host memory; see {launch.root}"
         )
-    raise first_failure(launch, end.words)
+    if early := early_end(launch):
+        return early
+    failure = first_failure(launch, end.words)
+    directory = end.work.directory
+    saved = max(directory.complete_checkpoints(), default=0)
+    if end.reason and is_broken_by_stop(launch, end.words, asked_s=end.asked_s, saved=saved):
+        logger.warning("failed while it was stopped: %s", failure)
+        return stopped(directory, end.reason, steps=end.work.recipe.train.steps)
+    missing = [n for n in range(end.work.nodes.count) if not launch.brief(n).exists()]
+    return Failed(f"{failure}; {_absent(missing, launch)}") if missing else failure

@@ -19,7 +19,11 @@ SIZE, WORDS = 128, 16384
 """Bytes of the beat of one process, and of its last words, which follow."""
 START, ENDED = "start", "ended"
 """The phases before a process trains and after all is done."""
+HELDOUT, SAVE = "heldout", "save"
+"""Phases of the loop that are not part of a step."""
 START_MINUTES = 10.0
+SAVE_FACTOR = 4
+"""A save, which beats once and may go to a slow file system, gets so many times the patience."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,28 @@ class Standstill:
         return max(self._still_s.values(), default=0.0)
 
 
-def patience(hang_minutes: float, *, starting: bool) -> float:
-    """Minutes without a beat that mean a hang; a start, which imports and loads, gets some more."""
-    return max(hang_minutes, START_MINUTES if starting else 0.0)
+class Patience:
+    """How long processes may be without a beat before they hang.
+
+    A start, which imports, loads, and compiles in its first step, gets some more; so does a save.
+    """
+
+    def __init__(self, hang_minutes: float) -> None:
+        """What a step in full run gets."""
+        self._minutes = hang_minutes
+        self._first: dict[int, int] = {}
+
+    def minutes(self, beats: Mapping[int, Beat]) -> float:
+        """What processes with these beats get; it remembers the first step of each."""
+        starting = [self._is_starting(beat) for beat in beats.values()]
+        saving = any(beat.phase == SAVE for beat in beats.values())
+        least = START_MINUTES if any(starting) or not beats else 0.0
+        return max(self._minutes * (SAVE_FACTOR if saving else 1), least)
+
+    def _is_starting(self, beat: Beat) -> bool:
+        if beat.phase not in (START, HELDOUT):
+            self._first.setdefault(beat.rank, beat.step)
+        return beat.step <= self._first.get(beat.rank, beat.step)
 
 
 def describe_hang(beats: Mapping[int, Beat], *, minutes: float) -> str:
@@ -181,8 +204,9 @@ class Watched:
 
     def __init__(self, *, hang_minutes: float) -> None:
         """Watch while the context is open."""
-        self._minutes = hang_minutes
-        self._beat = (0, START)
+        self._patience = Patience(hang_minutes)
+        self._every_s = min(1.0, hang_minutes * 60 / 4)
+        self.beat(0, START)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
 
@@ -200,18 +224,16 @@ class Watched:
 
     def beat(self, step: int, phase: str) -> None:
         """Say that ``phase`` of ``step`` begins."""
-        self._beat = (step, phase)
+        self._beat = Beat(0, os.getpid(), step, phase, time.monotonic())
 
     def _watch(self) -> None:
-        every_s = min(1.0, self._minutes * 60 / 4)
-        still = Standstill(every_s=every_s)
+        still = Standstill(every_s=self._every_s)
         last, changes = self._beat, 0
-        while not self._over.wait(every_s):
-            # The tuple is another object with each beat, even if it says the same.
+        while not self._over.wait(self._every_s):
             if self._beat is not last:
                 last, changes = self._beat, changes + 1
-            minutes = patience(self._minutes, starting=last[1] == START)
+            minutes = self._patience.minutes({0: last})
             if still.look({0: changes}) > minutes * 60:
-                logger.error("hangs in %r of step %d for %g min", last[1], last[0], minutes)
+                logger.error("hangs in %r of step %d for %g min", last.phase, last.step, minutes)
                 faulthandler.dump_traceback(file=2, all_threads=True)
                 os._exit(EXIT_UNEXPECTED)

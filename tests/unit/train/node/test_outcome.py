@@ -7,9 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastvideo.errors import Failed, UserError
+from fastvideo.errors import Failed, Stopped, UserError
 from fastvideo.train.node.brief import LaunchDir
-from fastvideo.train.node.outcome import Death, Outcome, failed_nodes, first_failure
+from fastvideo.train.node.outcome import (
+    Death,
+    Outcome,
+    early_end,
+    failed_nodes,
+    first_failure,
+    is_broken_by_stop,
+    tell_early,
+)
 from fastvideo.train.node.pulse import WORDS
 
 NOW = float(int(time.time()))
@@ -91,6 +99,34 @@ def test_a_hang_is_told_before_what_ending_it_did(tmp_path: Path) -> None:
     launch.hang(0).write_text(json.dumps({"message": "rank 3 hangs", "time": NOW}))
     assert str(failure(launch, died(0, "SIGABRT"))) == "rank 3 hangs"
     assert failed_nodes(launch) == {0, 1}
+
+
+def test_the_other_nodes_learn_why_one_ended_before_its_processes_began(tmp_path: Path) -> None:
+    launch = LaunchDir(tmp_path / "1")
+    assert early_end(launch) is None
+    tell_early(launch, 1, UserError("shards: are gone"))
+    tell_early(launch, 0, Failed("node 1: shards: are gone"))  # an echo
+    assert failed_nodes(launch) == {1}
+    told = early_end(launch)
+    assert isinstance(told, UserError) and str(told) == "node 1: shards: are gone"
+    launch = LaunchDir(tmp_path / "2")
+    tell_early(launch, 0, Stopped("stopped by SIGTERM"))
+    assert isinstance(early_end(launch), Stopped) and failed_nodes(launch) == {0}
+    write_ended(launch, 0, deaths=[], error="processes failed")
+    assert early_end(launch) is None
+
+
+def test_errors_after_a_stop_that_lost_no_step_are_part_of_it(tmp_path: Path) -> None:
+    def broken(name: str, *told: Outcome | Death, asked_s: float = NOW) -> bool:
+        failure(LaunchDir(tmp_path / name), *told)
+        return is_broken_by_stop(LaunchDir(tmp_path / name), (), asked_s=asked_s, saved=40)
+
+    assert broken("compiling", lost(0, at=NOW + 1), lost(1, at=NOW + 2), died(1, "", code=1))
+    assert not broken("nothing")
+    assert not broken("before", lost(0, at=NOW - 5))
+    assert not broken("killed", lost(0, at=NOW + 1), died(1, "SIGKILL"))
+    assert not broken("known", lost(0, at=NOW + 1), Outcome(1, "failed", 41, time=NOW + 1))
+    assert not broken("steps are lost", Outcome(1, "error", 42, time=NOW + 1))
 
 
 def test_words_count_where_nothing_could_be_written(tmp_path: Path) -> None:

@@ -7,7 +7,17 @@ import subprocess
 import sys
 import time
 
-from fastvideo.train.node.pulse import Beat, Pulse, Pulses, Standstill, Watched, describe_hang
+from fastvideo.train.node.pulse import (
+    START,
+    START_MINUTES,
+    Beat,
+    Patience,
+    Pulse,
+    Pulses,
+    Standstill,
+    Watched,
+    describe_hang,
+)
 from tests.tiny_world import start_fork, wait_for
 
 
@@ -76,6 +86,23 @@ def test_time_in_which_nobody_looked_is_no_standstill() -> None:
     assert still.look({0: "x"}) == 0
 
 
+def test_a_start_lasts_until_the_second_step_and_a_save_may_take_longer() -> None:
+    patience = Patience(1)
+
+    def minutes(*beats: Beat) -> float:
+        return patience.minutes({beat.rank: beat for beat in beats})
+
+    assert minutes() == START_MINUTES
+    assert minutes(beat(0, 0, START, 1), beat(1, 0, START, 1)) == START_MINUTES
+    assert minutes(beat(0, 40, "heldout", 2), beat(1, 0, START, 1)) == START_MINUTES
+    assert minutes(beat(0, 41, "forward", 3), beat(1, 41, "data", 3)) == START_MINUTES, "compiles"
+    assert minutes(beat(0, 42, "data", 4), beat(1, 41, "backward", 4)) == START_MINUTES
+    assert minutes(beat(0, 42, "data", 4), beat(1, 42, "data", 5)) == 1
+    assert minutes(beat(0, 42, "data", 4), beat(1, 42, "save", 5)) == 4
+    assert minutes(beat(0, 42, "heldout", 6), beat(1, 42, "heldout", 6)) == 1
+    assert Patience(30).minutes({}) == 30
+
+
 def test_a_process_alone_that_hangs_ends_with_its_step_and_stack() -> None:
     reader, writer = os.pipe()
 
@@ -89,7 +116,7 @@ def test_a_process_alone_that_hangs_ends_with_its_step_and_stack() -> None:
             for step in range(10):  # as long as it gets on nothing happens
                 pulse.beat(step, "data")
                 time.sleep(0.1)
-            pulse.beat(41, "backward")
+            pulse.beat(41, "backward")  # not the first step, which may take long
             time.sleep(30)
 
     code = wait_for(start_fork(hang, environment={}))
