@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastvideo import checkpoint
-from fastvideo.checkpoint import Saved, Saver
+from fastvideo.checkpoint import Saved
 from fastvideo.config.train import Train
 from fastvideo.cost.devices import find_device
 from fastvideo.data.loader import Order, Place, read_ahead
@@ -31,6 +31,7 @@ from fastvideo.train.metrics import Metrics, peak_memory_gib
 from fastvideo.train.optimizer import clip_grad_norm
 from fastvideo.train.parallel import Runner, Team
 from fastvideo.train.profile import Profiler
+from fastvideo.train.saver import Saver
 from fastvideo.train.schedule import learning_rate_factor
 from fastvideo.train.stopwatch import Stopwatch
 from fastvideo.train.throughput import Work, rates

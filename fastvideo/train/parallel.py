@@ -25,12 +25,12 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastvideo.checkpoint import Copy
 from fastvideo.config.parallel import Parallel
 from fastvideo.cost.layout import Layout
 from fastvideo.models import weights
 from fastvideo.models.sequence import SequenceParallel
 from fastvideo.train.process import Process
+from fastvideo.train.saver import Copy
 
 MARGIN_S = 600.0
 """A collective gives up this much later than a hang is told, so that the watch comes first."""

@@ -32,6 +32,7 @@ from fastvideo.state import RunDir, ShardStore, TrainDir
 from fastvideo.train import loop, parallel
 from fastvideo.train.draw import Draw
 from fastvideo.train.method import build_method
+from fastvideo.train.node.pulse import SAVE_FACTOR, START_MINUTES
 from fastvideo.train.optimizer import build_optimizer
 from fastvideo.train.parallel import Runner, Team
 from fastvideo.train.process import Process
@@ -71,7 +72,8 @@ def train(
     def choose(memory_gib: float | None) -> layout.Layout:
         return layout.choose(recipe, config, processes=process.count, memory_gib=memory_gib)
 
-    hang_s = recipe.train.watch.hang_minutes * 60
+    # As long as the watch waits for a save, the longest that it waits for.
+    hang_s = max(recipe.train.watch.hang_minutes * SAVE_FACTOR, START_MINUTES) * 60
     joined = parallel.joined(process, recipe.parallel, device=device, hang_s=hang_s, choose=choose)
     with joined as team:
         if team.leads and process.count > 1:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastvideo.checkpoint import Copy, Saved, Saver, _share, resume
+from fastvideo.checkpoint import Saved, resume
 from fastvideo.config.train import Checkpoints
 from fastvideo.errors import Failed
 from fastvideo.state import TrainDir
+from fastvideo.train.saver import Copy, Saver, _share
 
 ABOUT = {"losses": [], "measured": True}
 
@@ -53,7 +54,7 @@ def test_a_failure_in_the_background_is_raised_whatever_becomes_of_the_disk(
     def gone(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("fastvideo.checkpoint._write_files", gone)
+    monkeypatch.setattr("fastvideo.train.saver._write_files", gone)
     writing = saver(tmp_path)
     writing.save(state_of_a_model(), step=1, about=ABOUT, wait=False)
     with pytest.raises(Failed, match=r"step-00000001: cannot be saved \(.*Input/output error\)"):
