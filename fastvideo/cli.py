@@ -236,7 +236,8 @@ def _status(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
 
 def _plan(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
     from fastvideo.config.cluster import Cluster
-    from fastvideo.plan import describe, plan
+    from fastvideo.plan import plan
+    from fastvideo.plan.text import describe
 
     planned = plan(recipe, Cluster.load(arguments.cluster) if arguments.cluster else None)
     if not arguments.json:

@@ -16,6 +16,7 @@ from fastvideo.cost.memory import GIB, Memory, memory, micro_batch
 from fastvideo.cost.transformer import latent_shape, parameters, tokens_of
 from fastvideo.errors import UserError
 from fastvideo.models.published import Config, transformer_configs
+from fastvideo.plan.text import copies, counted, size_of
 from fastvideo.state import ShardStore
 
 
@@ -245,8 +246,8 @@ def _host_way_out(recipe: Recipe, config: Config, machine: Machine, needed: Memo
         ways.append(off)
     ways = ways or ["fewer processes on each node (parallel.processes), or nodes with more memory"]
     return (
-        f"{_size(machine.host(needed))} of host memory on each node, for each of "
-        f"{_count(machine.per_node, 'process')} {_host_parts(needed)}; memory_gib of the cluster "
+        f"{size_of(machine.host(needed))} of host memory on each node, for each of "
+        f"{counted(machine.per_node, 'process')} {_host_parts(needed)}; memory_gib of the cluster "
         f"is {host_gib}; use {'; or '.join(ways)}"
     )
 
@@ -289,13 +290,7 @@ def _written(setting: Setting, processes: int | None) -> str:
 
 def _host_parts(needed: Memory) -> str:
     """What a process has in host memory."""
-    return f"{_size(needed.host)}{_copies(needed.host, needed.staged)}"
-
-
-def _copies(host: int, staged: int) -> str:
-    """Which part of a process's host memory asynchronous checkpoints take."""
-    part = "all" if staged == host else _size(staged)
-    return f", {part} of it copies of checkpoints" if staged else ""
+    return f"{size_of(needed.host)}{copies(needed.host, needed.staged)}"
 
 
 def _with_adamw(recipe: Recipe) -> Recipe:
@@ -361,131 +356,3 @@ def _disk(recipe: Recipe, configs: Mapping[str, Config]) -> dict[str, Any]:
         "checkpoints_bytes": count * sum(one.values()),
         "export_bytes": sum(disk.export_bytes(recipe, config) for config in configs.values()),
     }
-
-
-# ---------------------------------------------------------------- for people
-
-
-def describe(planned: Mapping[str, Any]) -> str:
-    """The plan for people; sizes in GiB, estimates named as such."""
-    lines = _about(planned)
-    for name, figures in planned["transformers"].items():
-        lines += _figures(name, figures, planned["machine"])
-    stored, data = planned["disk"], planned["data"]
-    each = max(stored["checkpoint_bytes"].values())
-    assumed = "" if data["measured"] else f", a caption counted as {disk.CAPTION_TOKENS} tokens"
-    lines.append(
-        f"disk        checkpoints {_size(stored['checkpoints_bytes'])}: at most "
-        f"{stored['checkpoints']} of {_size(each)} for each transformer; export "
-        f"{_size(stored['export_bytes'])}; shards {_size(data['bytes_per_clip'])} a clip{assumed}"
-    )
-    if data["clips"] is None:
-        lines.append("epoch       unknown until preprocess has planned the clips")
-    elif data["clips"]:
-        lines.append(
-            f"epoch       {data['clips']} clips, {data['steps_per_epoch']:.1f} steps; "
-            f"{data['epochs']:.1f} epochs in all"
-        )
-    for kind in ("notes", "problems"):
-        if planned[kind]:
-            lines += [kind, *(f"  {remark}" for remark in planned[kind])]
-    return "\n".join(lines)
-
-
-def _about(planned: Mapping[str, Any]) -> list[str]:
-    model, machine, batch = planned["model"], planned["machine"], planned["batch"]
-    device = machine["device"]
-    gpu = (
-        f"{device['name']}, {device['memory_gib']:.1f} GiB"
-        if device
-        else "unknown: name one as device of a cluster, see --cluster"
-    )
-    where = "on CPUs, as train.device says" if machine["is_cpu"] else f"GPU {gpu}"
-    lines = [
-        f"model       {model['family']} {model['task']}; configs: {model['config']}",
-        f"machine     {_count(machine['nodes'], 'node')}, "
-        f"{_count(machine['processes'], 'process')}, {where}",
-    ]
-    for clip in planned["buckets"]:
-        others = f", {clip['image_tokens']} of the image" if clip["image_tokens"] else ""
-        lines.append(
-            f"clip        {clip['num_frames']} x {clip['height']} x {clip['width']}, latent "
-            f"{' x '.join(map(str, clip['latent']))}: {clip['video_tokens']} tokens, "
-            f"{clip['text_tokens']} of the text{others}"
-        )
-    lines.append(
-        f"batch       {_count(batch['global'], 'sample')} a step: "
-        f"{_count(batch['groups'], 'group')} with "
-        f"{_count(batch['micro_batches_per_step'], 'micro-batch')} of {batch['micro']}"
-    )
-    return lines
-
-
-def _figures(name: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) -> list[str]:
-    work, chosen = figures["flops_per_sample"], figures["layout"]
-    attention = work["attention"] / work["dense_equivalent"]
-    model, hardware = figures["flops_per_step"], figures["hardware_flops_per_step"]
-    lines = [
-        name,
-        f"  size      {figures['parameters']:,} parameters",
-        f"  compute   {_flop(figures['flops_per_step'])} a step, {attention:.0%} of it attention"
-        + (f"; {_flop(hardware)} with what is computed again" if hardware > model else ""),
-    ]
-    if chosen is not None:
-        needed = figures["memory"]
-        parts = ", ".join(
-            f"{part} {_size(size)}"
-            for part, size in needed.items()
-            if size and part not in ("total", "host", "staged", "host_of_node")
-        )
-        lines += [
-            f"  layout    replicate {chosen['replicate']} x shard {chosen['shard']}, sequence "
-            f"{chosen['sequence']}; {chosen['reason']}",
-            f"  memory    {_size(needed['total'])} of each "
-            f"{'process' if machine['is_cpu'] else 'GPU'}: {parts}",
-        ]
-        lines += _host_lines(figures, machine)
-    if chosen is not None and not machine["is_cpu"]:
-        smallest = figures["smallest_device"] or "none that is known"
-        verdict = _verdict(figures["fits"])
-        lines.append(f"  fits      {verdict}; the smallest GPU that would do: {smallest}")
-    if figures["step_s"] is not None:
-        lines.append(
-            f"  time      about {figures['step_s']:.3g} s a step, {figures['hours']:.3g} hours, if "
-            f"{figures['assumed_efficiency']:.0%} of {machine['device']['name']}'s peak is reached "
-            "(an assumption)"
-        )
-    return lines
-
-
-def _host_lines(figures: Mapping[str, Any], machine: Mapping[str, Any]) -> list[str]:
-    """What waits in host memory; none if nothing does."""
-    needed, host_gib = figures["memory"], machine["host_gib"]
-    if not needed["host_of_node"]:
-        return []
-    each = needed["host_of_node"] * machine["nodes"] // machine["processes"]
-    return [
-        f"  host      {_size(needed['host_of_node'])} of each node: for each process {_size(each)}"
-        + _copies(each, needed["staged"])
-        + (f"; a node has {host_gib} GiB" if host_gib else "")
-    ]
-
-
-def _verdict(fits: bool | None) -> str:
-    return {True: "yes", False: "no", None: "not judged without a device"}[fits]
-
-
-def _size(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.3g} MiB"
-
-
-def _flop(count: int) -> str:
-    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12)):
-        if count >= scale:
-            return f"{count / scale:.4g} {unit}"
-    return f"{count / 1e9:.4g} GFLOP"
-
-
-def _count(number: int, noun: str) -> str:
-    plural = f"{noun}{'es' if noun.endswith(('s', 'ch')) else 's'}"
-    return f"{number} {noun if number == 1 else plural}"
