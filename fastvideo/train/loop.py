@@ -321,7 +321,7 @@ class Loop:
     def _heldout_totals(self, step: int, clips: int) -> list[float] | None:
         """Sum of the losses at each quantile over all processes; None if a stop was asked for."""
         job, count = self._job, self._job.train.heldout.num_timesteps
-        groups, ours = job.team.layout.data, job.team.process.rank // job.team.layout.sequence
+        groups, ours = job.team.layout.data, job.team.place
         items = list(itertools.product(range(clips), range(count)))
         totals = torch.zeros(count, dtype=torch.float64)
         for first in range(0, len(items), groups):

@@ -58,6 +58,11 @@ class Team:
         return self.process.rank == 0
 
     @property
+    def place(self) -> int:
+        """Number of our group among those that samples are dealt out to."""
+        return self.process.rank // self.layout.sequence
+
+    @property
     def copy(self) -> Copy:
         """Which copy of the weights this process holds, or a part of."""
         return Copy(self.process.rank // self.layout.shard, self.layout.replicate)
@@ -65,8 +70,7 @@ class Team:
     def share(self, batch: Sequence[Any]) -> Sequence[Any]:
         """Our part of the samples of a step; the same for all that share a sample's tokens."""
         size = len(batch) // self.layout.data
-        place = self.process.rank // self.layout.sequence
-        return batch[place * size : (place + 1) * size]
+        return batch[self.place * size : (self.place + 1) * size]
 
     def total(self, value: Tensor) -> Tensor:
         """Sum over all groups of samples; on a process's own device."""
