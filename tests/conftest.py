@@ -18,6 +18,8 @@ os.environ.update(
     MKL_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
+    # torch's compiler starts threads that a test's forked processes would wait for in vain.
+    TORCHINDUCTOR_COMPILE_THREADS="1",
 )
 
 TESTS = Path(__file__).parent

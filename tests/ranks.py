@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.tiny_world import start_fork, wait_for
+from tests.tiny_world import start_fork, wait_for_all
 
 
 def in_ranks(count: int, action: Callable[[int], Any], *, join: bool = True) -> list[Any]:
@@ -39,7 +39,7 @@ def in_ranks(count: int, action: Callable[[int], Any], *, join: bool = True) -> 
             return start_fork(lambda: work(rank), environment=environment)
 
         children = [start(rank) for rank in range(count)]
-        codes = [wait_for(child) for child in children]
+        codes = wait_for_all(children)
         assert codes == [0] * count, codes
         files = [Path(folder) / f"{rank}.pt" for rank in range(count)]
         return [torch.load(file, weights_only=False) for file in files]

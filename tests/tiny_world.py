@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,8 +217,22 @@ def start_fork(action: Callable[[], object], *, environment: Mapping[str, str]) 
 
 def wait_for(child: int) -> int:
     """Wait for a child; its exit code, or minus the signal that ended it."""
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    return wait_for_all([child])[0]
+
+
+def wait_for_all(children: Iterable[int]) -> list[int]:
+    """Wait for children, as `wait_for`; a test that runs out of time takes them with it."""
+    left, codes = list(children), []
+    try:
+        while left:
+            _, status = os.waitpid(left[0], 0)
+            codes.append(os.waitstatus_to_exitcode(status))
+            left.pop(0)
+    finally:
+        for child in left:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    return codes
 
 
 def _child(action: Callable[[], object], environment: Mapping[str, str]) -> None:

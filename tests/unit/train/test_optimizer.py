@@ -324,7 +324,6 @@ def test_a_restart_continues_bit_for_bit_in_the_same_and_any_other_layout(
 def test_compiled_steps_of_shared_weights_are_those_of_whole_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")  # for one kernel
 
     def steps(rank: int, *, spread: bool) -> list[Tensor]:
