@@ -17,6 +17,38 @@ class Full(Spec):
     """What trains."""
 
 
+class Lora(Spec):
+    """Train low-rank adapters of projections, the model itself frozen (Hu et al., 2021)."""
+
+    kind: Literal["lora"] = "lora"
+    """What trains."""
+    rank: PositiveInt = 32
+    """Inner dimension of an adapter."""
+    alpha: PositiveFloat | None = None
+    """An adapter's output is scaled by alpha / rank; empty is the rank: a scale of 1."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that are set to zero, the same ones for all tokens of a sample."""
+    targets: Literal["attention", "blocks"] | tuple[str, ...] = "blocks"
+    """Projections that get an adapter: those of attention, or the feed-forward layers as well; or
+    regular expressions, each of which must match whole names of modules as diffusers has them."""
+    biases: bool = False
+    """Adapters have a bias of their own."""
+    norms: bool = False
+    """The weights of the blocks' norms train too; they are saved beside the adapters."""
+
+
+Method = Annotated[Full | Lora, Field(discriminator="kind")]
+
+
+class Ema(Spec):
+    """An exponential moving average of what trains, for validation and export."""
+
+    decay: float = Field(default=0.999, ge=0, lt=1)
+    """Share of the average that stays in a step."""
+    warmup: bool = True
+    """Early averages are short: step n keeps at most (1 + n) / (10 + n)."""
+
+
 class AdamW(Spec):
     """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019)."""
 
@@ -135,8 +167,10 @@ class Train(Spec):
     expert: Literal["high", "low"] | None = None
     """The expert of Wan2.2 A14B to train; empty trains both, `high` first. Other models have one
     transformer and leave it empty."""
-    method: Full = Full()
+    method: Method = Full()
     """What trains and what is saved."""
+    ema: Ema | None = None
+    """Keep an average of what trains; held-out losses and samples are then those of the average."""
     optimizer: AdamW = AdamW()
     """Which optimizer and its settings."""
     schedule: Schedule = Schedule()

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import nn
 
-from fastvideo.config.train import Full
+from fastvideo.config.train import Full, Lora
 
 
 class Method(Protocol):
@@ -23,7 +23,7 @@ class FullFinetune:
         model.requires_grad_(True)
 
 
-def build_method(spec: Full) -> Method:
+def build_method(spec: Full | Lora) -> Method:
     """Turn the recipe's ``train.method`` into a method."""
     assert isinstance(spec, Full)
     return FullFinetune()
