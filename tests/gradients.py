@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of two forward passes, and how far they are apart."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -21,7 +21,7 @@ def distances(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> di
     that is left depends on the processor.
     """
     assert found.keys() == expected.keys()
-    squares: Counter[str] = Counter()
+    squares: dict[str, float] = defaultdict(float)
     for name, tensor in expected.items():
         squares[_module(name)] += tensor.detach().double().square().sum().item()
     return {
