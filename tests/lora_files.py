@@ -68,7 +68,7 @@ def inject(transformer: Any, adapter: Adapter) -> None:
     has_biases = any(pair.bias is not None for pair in pairs.values())
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha,
         target_modules=list(pairs),
         alpha_pattern={f"^{name}": pair.alpha for name, pair in pairs.items()},
         rank_pattern={f"^{name}": pair.rank for name, pair in pairs.items()},
