@@ -23,11 +23,6 @@ from fastvideo.models.lora_header import RANKS, Header, Size, read_header
 from fastvideo.models.lora_names import MLP_RATIO, SWAPPED, diffusers_names, own_name, split
 from fastvideo.models.lora_pair import Pair, fuse, swap_halves, unfuse
 
-NAMES = {
-    "transformer": "pytorch_lora_weights.safetensors",
-    "transformer_2": "pytorch_lora_weights_2.safetensors",
-}
-"""File of each transformer; the first is what diffusers looks for in a folder."""
 METADATA = "lora_adapter_metadata"
 """Entry of a file's metadata: JSON of PEFT's ``LoraConfig``, its keys with `PREFIX`."""
 PREFIX = "transformer."
