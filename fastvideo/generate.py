@@ -13,6 +13,8 @@ from fastvideo.errors import UserError
 from fastvideo.log import Progress, logger
 from fastvideo.models.family import SamplerSettings, find_family, pick_device
 from fastvideo.models.folder import find_model
+from fastvideo.models.lora_folder import Chosen, check_chosen, choose
+from fastvideo.models.lora_header import read_header
 from fastvideo.state import RunDir, checkpoint_marker
 
 if TYPE_CHECKING:
@@ -30,12 +32,14 @@ def generate(recipe: Recipe) -> dict[str, Any]:
         ``{"videos": [path, ...], "made": number sampled now}``.
 
     Raises:
-        UserError: No prompts, a size the model cannot make, or nothing exported yet.
+        UserError: No prompts, a size the model cannot make, nothing exported yet, or a LoRA that
+            does not fit.
     """
     run_dir = RunDir(recipe.run_dir)
     wanted = requests(recipe)
     checkpoints = _checkpoints(recipe)
     model = _model(recipe, run_dir, checkpoints)
+    check_chosen(_loras(recipe), find_model(model["path"]), recipe.model.family)
     folder = run_dir.generated(recipe.generate.weights)
     pipeline = cache(lambda: _load(recipe, model["path"], checkpoints))
     videos = [folder / f"{index:04d}.mp4" for index in range(len(wanted))]
@@ -59,13 +63,17 @@ def requests(recipe: Recipe) -> list[dict[str, Any]]:
     """Everything that decides each video beside the model; needs no torch.
 
     Raises:
-        UserError: No prompts, or one that this model cannot make.
+        UserError: No prompts, or one that this model cannot make, or a file that is no LoRA.
     """
     file = recipe.generate.prompts
     if file is None:
         raise UserError("generate.prompts: is missing; name a JSON file with prompts")
+    loras = [_about(lora) for lora in _loras(recipe)]
+    if (base := Path(recipe.model.path).expanduser()).is_dir():
+        check_chosen(_loras(recipe), base, recipe.model.family)
     return [
         _request(recipe, prompt, index, origin=f"{file}: data[{index}]")
+        | ({"loras": loras} if loras else {})
         for index, prompt in enumerate(load_prompts(file))
     ]
 
@@ -124,6 +132,30 @@ def _request(recipe: Recipe, prompt: Prompt, index: int, *, origin: str) -> dict
     return request
 
 
+def _loras(recipe: Recipe) -> list[Chosen]:
+    return [
+        chosen
+        for index, lora in enumerate(recipe.generate.loras)
+        for chosen in choose(
+            lora.path,
+            scale=lora.scale,
+            transformer=lora.transformer,
+            known=recipe.architecture.transformers,
+            key=f"generate.loras[{index}]",
+        )
+    ]
+
+
+def _about(lora: Chosen) -> dict[str, Any]:
+    read_header(lora.file).sizes()  # refuses what is none
+    return {
+        "path": str(lora.file),
+        "transformer": lora.transformer,
+        "scale": lora.scale,
+        "sha256": hashing.file_sha256(lora.file),
+    }
+
+
 def _checkpoints(recipe: Recipe) -> dict[str, Path]:
     """Those to sample instead of the base model's transformers."""
     if recipe.generate.weights != "checkpoint":
@@ -178,7 +210,12 @@ def _load(recipe: Recipe, path: str, checkpoints: dict[str, Path]) -> "Diffusion
         verify(checkpoint)
         load_weights(checkpoint, model)
         transformers[name] = model
-    return family.load_pipeline(folder, settings=settings, transformers=transformers)
+    pipeline = family.load_pipeline(folder, settings=settings, transformers=transformers)
+    if loras := _loras(recipe):
+        from fastvideo.models.lora_apply import apply_loras
+
+        apply_loras(pipeline, loras)
+    return pipeline
 
 
 CALL_ARGUMENTS = (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finetune changed as a LoRA: the largest singular values of tuned minus base.
 
-Axes: O outputs, I inputs, R rank.
+Axes: O outputs, I inputs, X the lesser of both, R rank.
 """
 
 import json
@@ -26,6 +26,9 @@ from fastvideo.models.lora_file import Adapter, write_lora
 from fastvideo.models.lora_folder import FILES
 from fastvideo.models.lora_pair import Pair
 from fastvideo.models.weights import WeightFiles
+
+SMALLEST = 1e-32
+"""Squared singular values below this, by the largest, are rounding: nothing is divided by them."""
 
 
 @dataclass(frozen=True)
@@ -171,13 +174,22 @@ def decompose(change: Tensor, *, how: Extraction, device: str = "cpu") -> tuple[
         A pair on the host with scale 1, the singular values shared by both matrices; and the share
         of the squared change.
     """
-    change_OI = change.flatten(1).to(device)
-    u_OR, s_R, v_RI = torch.linalg.svd(change_OI, full_matrices=False)
-    energy_R = s_R.double().square().cumsum(0) / s_R.double().square().sum()
+    change_OI = change.flatten(1).to(device).double()
+    tall = change_OI.shape[0] > change_OI.shape[1]
+    # The smaller Gram matrix has the singular vectors of its side, to float64 and thus to float32
+    # of the change, and takes a fraction of the time of the whole decomposition.
+    square = change_OI.T @ change_OI if tall else change_OI @ change_OI.T
+    squares_R, vectors_XR = (part.flip(-1) for part in torch.linalg.eigh(square))
+    energy_R = squares_R.clamp_min(0).cumsum(0) / squares_R.clamp_min(0).sum()
     rank = _rank(energy_R, how)
-    root_R = s_R[:rank].sqrt()
-    down = (root_R[:, None] * v_RI[:rank]).reshape(rank, *change.shape[1:]).cpu()
-    up = (u_OR[:, :rank] * root_R).cpu().contiguous()
+    basis_XR = vectors_XR[:, :rank]
+    root_R = squares_R[:rank].clamp_min(squares_R[0] * SMALLEST).pow(0.25)
+    if tall:
+        down_RI, up_OR = (basis_XR * root_R).T, change_OI @ basis_XR / root_R
+    else:
+        down_RI, up_OR = (basis_XR.T @ change_OI) / root_R[:, None], basis_XR * root_R
+    down, up = (part.float().cpu().contiguous() for part in (down_RI, up_OR))
+    down = down.reshape(rank, *change.shape[1:])
     up = up.reshape(*up.shape, *(1 for _ in change.shape[2:]))
     return Pair(down, up, float(rank)), float(energy_R[rank - 1])
 

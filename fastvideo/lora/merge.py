@@ -51,7 +51,7 @@ def merge(
     model = model_folder(base, option="--base")
     chosen = [lora for text in loras for lora in _parse(text, known=model.transformers)]
     with naming("--base"):
-        check_chosen(chosen, model.path, model.family, key=KEY)
+        check_chosen(chosen, model.path, model.family)
     merged: dict[str, list[Chosen]] = defaultdict(list)
     for lora in chosen:
         merged[lora.transformer].append(lora)

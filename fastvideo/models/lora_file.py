@@ -95,10 +95,16 @@ def write_lora(path: Path, adapter: Adapter, *, about: Mapping[str, str] | None 
         adapter: On the host.
         about: Further texts for the metadata.
     """
-    tensors = {PREFIX + name: tensor for name, tensor in _with_biases(adapter).items()}
-    metadata = {**(about or {}), METADATA: json.dumps(_peft_config(adapter), sort_keys=True)}
+    tensors, config = for_diffusers(adapter)
+    metadata = {**(about or {}), METADATA: json.dumps(config, sort_keys=True)}
     with atomic.replacing(path, point="lora") as temporary:
         write_tensors(temporary, tensors, metadata=metadata)
+
+
+def for_diffusers(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata as ``load_lora_into_transformer`` of diffusers' pipelines takes them."""
+    tensors = {PREFIX + name: tensor for name, tensor in _with_biases(adapter).items()}
+    return tensors, _peft_config(adapter)
 
 
 def write_comfyui(

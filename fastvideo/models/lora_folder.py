@@ -23,6 +23,8 @@ class Chosen:
     file: Path
     transformer: str
     scale: float
+    key: str
+    """Of the option that names it, for messages."""
 
 
 def choose(
@@ -57,10 +59,10 @@ def choose(
             )
     else:
         found = {transformer or _meant(path, known, key=key): path}
-    return [Chosen(file, name, scale) for name, file in found.items()]
+    return [Chosen(file, name, scale, key) for name, file in found.items()]
 
 
-def check_chosen(chosen: Sequence[Chosen], base: Path, family: str, *, key: str) -> None:
+def check_chosen(chosen: Sequence[Chosen], base: Path, family: str) -> None:
     """Refuse LoRAs that do not fit their transformer in the model folder ``base``.
 
     Raises:
@@ -68,7 +70,7 @@ def check_chosen(chosen: Sequence[Chosen], base: Path, family: str, *, key: str)
     """
     for lora in chosen:
         config = read_config(base, f"{lora.transformer}/config.json")
-        name = f"{key}: {lora.file} for {lora.transformer}"
+        name = f"{lora.key}: {lora.file} for {lora.transformer}"
         check_fits(read_header(lora.file).sizes(), config, family, name=name)
 
 
