@@ -135,7 +135,7 @@ def test_a_lora_of_another_model_is_refused_before_torch_is_loaded(world: World)
 
 
 MISTAKES = {
-    "{{path: {root}/none.safetensors}}": "none.safetensors: is no safetensors file",
+    "{{path: {root}/none.safetensors}}": r"loras\[0\]: .*none.safetensors: there is no such file",
     "{{path: {root}}}": r"generate.loras\[0\]: .* holds no pytorch_lora_weights",
     "{{path: {root}/two}}": "pytorch_lora_weights_2.safetensors for a model with two",
     "{{path: {root}/x.safetensors, transformer: transformer_2}}": "has one transformer; remove",
