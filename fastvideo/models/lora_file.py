@@ -125,7 +125,7 @@ def write_comfyui(
         tensors |= _comfyui_tensors(module, pair, family)
         if parts:
             ranks[module] = parts
-    metadata = {**(about or {}), **({RANKS: json.dumps(ranks, sort_keys=True)} if ranks else {})}
+    metadata = {**(about or {}), RANKS: json.dumps(ranks, sort_keys=True)}
     with atomic.replacing(path, point="lora") as temporary:
         write_tensors(temporary, tensors, metadata=metadata)
 
@@ -248,22 +248,28 @@ class _Alphas:
         self._config = _config_beside(header) or _config_within(header)
         if self._config.get("use_dora"):
             raise UserError(f"{header.file}: was trained with use_dora, which is not supported")
-        if not self._config and not any("alpha" in keys for keys in header.keys.values()):
+        told = RANKS in header.metadata or any("alpha" in keys for keys in header.keys.values())
+        if not self._config and not told:
             logger.warning("%s: says no alpha; taken to be the rank, a scale of 1", header.file)
 
     def of(self, module: str) -> float:
         """By the names of diffusers; the rank where nothing is said."""
         rank = self._header.size(module).rank
         (name, *_) = diffusers_names(module)
-        alpha = float(self._from_pattern(name) or self._config.get("lora_alpha", rank))
-        return alpha * math.sqrt(rank) if self._config.get("use_rslora") else alpha
+        found = self._from_pattern(name)
+        alpha = self._config.get("lora_alpha", rank) if found is None else found
+        if not isinstance(alpha, int | float):
+            raise UserError(
+                f"{self._header.file}: alpha of {module} is {alpha!r}, not a positive number"
+            )
+        return alpha * math.sqrt(rank) if self._config.get("use_rslora") else float(alpha)
 
-    def _from_pattern(self, name: str) -> float | None:
+    def _from_pattern(self, name: str) -> Any:
         """As PEFT reads ``alpha_pattern``: expressions for the ends of names, the first counts."""
         for pattern, alpha in (self._config.get("alpha_pattern") or {}).items():
             try:
                 if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
-                    return float(alpha)
+                    return alpha
             except re.error as error:
                 raise UserError(
                     f"{self._header.file}: alpha_pattern {pattern!r} is no expression ({error})"

@@ -41,6 +41,8 @@ def choose(
     """
     if transformer is not None and transformer not in known:
         raise UserError(f"{key}: {transformer} is none of this model, which has {_listed(known)}")
+    if not path.exists():
+        raise UserError(f"{key}: {path}: there is no such file or folder; check the path")
     if path.is_dir():
         found = {name: path / file for name, file in LORA_FILES.items() if (path / file).is_file()}
         if transformer is not None:

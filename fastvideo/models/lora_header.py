@@ -98,8 +98,12 @@ def read_header(file: Path) -> Header:
     metadata = header.pop("__metadata__", {})
     try:
         shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-    except (KeyError, TypeError):
-        raise UserError(f"{file}: its header is damaged; fetch it again") from None
+        whole = all(type(n) is int and n >= 0 for shape in shapes.values() for n in shape)
+        texts = all(isinstance(value, str) for value in metadata.values())
+    except (KeyError, TypeError, AttributeError):
+        whole = texts = False
+    if not (whole and texts):
+        raise UserError(f"{file}: its header is damaged; fetch it again")
     keys = _by_module(file, shapes)
     for module, kinds in keys.items():
         _check_module(file, module, kinds, shapes)

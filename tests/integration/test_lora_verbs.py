@@ -257,7 +257,7 @@ def test_the_verbs_print_their_results_as_json(
 
 
 MISTAKES = {
-    "merge --base {base} --lora {root}/none.safetensors {root}/out": "none.safetensors: is no saf",
+    "merge --base {base} --lora {root}/none.safetensors {root}/out": "there is no such file or",
     "merge --base {base} --lora {root} {root}/out": "holds no pytorch_lora_weights.safetensors and",
     "merge --base {root}/none --lora {lora} {root}/out": "--base {root}/none: there is no such",
     "merge --base {base} --lora {lora} {root}": "{root}: exists; remove it",
