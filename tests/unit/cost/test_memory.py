@@ -55,7 +55,7 @@ def test_optimizers_hold_what_is_counted(index: int, kind: str) -> None:
         optimizer.step()
     measured = sum(bytes_of(v) for state in optimizer.state.values() for v in state.values())
     found = layers(TRANSFORMERS[pair.family, pair.task], pair.family, Tokens(video=1, text=1))
-    counted = parameters_of(found, spec, spread=False)
+    counted = parameters_of(found, dtype=spec.dtype, spread=False)
     assert sum(optimizer_bytes(p, spec, shard=1) for p in counted) == measured
 
 

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters: what autograd keeps and torch counts of real ones, peft's, is what is computed."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastvideo.config.train import Lora
+from fastvideo.cost import flops
+from fastvideo.cost.activations import Computation, Policy, Saved, saved
+from fastvideo.cost.transformer import layers
+from fastvideo.cost.walk import gradients
+from fastvideo.models.tiny_configs import TRANSFORMERS
+from tests.saved_memory import alive_after, kept_by_autograd, rules_of_gpus
+from tests.tiny_models import ARCHITECTURES, attached, forward, inputs, tokens
+from tests.tiny_world import Pair
+
+SHAPE = (2, 3, 16, 12)
+"""(B, T, Y, X) of latents."""
+METHODS = {
+    "blocks": Lora(rank=4),
+    "attention": Lora(rank=4, targets="attention", biases=True),
+    "norms": Lora(rank=4, norms=True),
+    "feed-forward": Lora(
+        rank=4, targets=(r".*(ffn|ff|ff_context)\.net\.2|.*\.proj_out",), norms=True
+    ),
+    "values of the last block": Lora(rank=4, targets=(r"(blocks\.1|single\w+\.0)\..*to_v",)),
+    "embedders": Lora(rank=4, targets=(r".*(time|timestep|text)_embedder.linear_2",)),
+    "dropout": Lora(rank=4, dropout=0.5),
+}
+every_architecture = pytest.mark.parametrize("pair", ARCHITECTURES, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+
+
+def expected(pair: Pair, method: Lora, how: Computation) -> Saved:
+    config = TRANSFORMERS[pair.family, pair.task]
+    return saved(config, pair.family, tokens(pair, SHAPE), method=method, how=how)
+
+
+@every_method
+@every_dtype
+@every_architecture
+def test_without_checkpointing_it_is_what_hooks_see(pair: Pair, dtype: str, method: Lora) -> None:
+    model = attached(pair, method=method, dtype=dtype)
+    measured = kept_by_autograd(forward(pair, model, SHAPE, dtype), model)
+    found = expected(pair, method, Computation(dtype, gpu=False))
+    assert found.forward == measured
+
+
+@pytest.mark.parametrize("name", ["blocks", "norms", "values of the last block"])
+@every_dtype
+@every_architecture
+def test_gpus_have_rules_of_their_own(pair: Pair, dtype: str, name: str) -> None:
+    model = attached(pair, method=METHODS[name], dtype=dtype)
+    with rules_of_gpus():
+        measured = kept_by_autograd(forward(pair, model, SHAPE, dtype), model)
+    assert expected(pair, METHODS[name], Computation(dtype)).forward == measured
+
+
+@pytest.mark.parametrize("name", ["blocks", "norms", "values of the last block"])
+@pytest.mark.parametrize("policy", ["selective", "full"])
+@every_dtype
+@every_architecture
+def test_it_is_what_is_alive_between_forward_and_backward(
+    pair: Pair, dtype: str, policy: Policy, name: str
+) -> None:
+    """Blocks before the first adapter leave nothing."""
+    model = attached(pair, policy, method=METHODS[name], dtype=dtype)
+    measured = alive_after(forward(pair, model, SHAPE, dtype), model)
+    found = expected(pair, METHODS[name], Computation(dtype, gpu=False, policy=policy))
+    assert found.forward == measured
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+@every_architecture
+def test_blocks_computed_again_have_the_gradients_of_those_that_are_not(
+    pair: Pair, policy: Policy
+) -> None:
+    """Although what is given to the first block has no gradient itself."""
+    given, found = inputs(pair, SHAPE), []
+    for recompute in ("none", policy):
+        torch.manual_seed(0)
+        model = attached(pair, recompute, method=METHODS["norms"])
+        out: Tensor = model(**given)
+        out.square().mean().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    for kept, again in zip(*found, strict=True):
+        assert kept is not None and again is not None
+        torch.testing.assert_close(again, kept)
+
+
+@every_method
+@every_architecture
+def test_operations_are_what_torch_counts(pair: Pair, method: Lora) -> None:
+    """With attention as matrix products: torch has no count of the CPU's fused kernel."""
+    measured = [counted(attached(pair, policy, method=method), pair) for policy in ("none", "full")]
+    config = TRANSFORMERS[pair.family, pair.task]
+    found = layers(config, pair.family, tokens(pair, SHAPE), method=method)
+    flow = gradients(config, pair.family, method)
+    training = flops.training(found, flow)
+    both = training, training + flops.again(found, flow, "full")
+    assert [SHAPE[0] * n.actual for n in both] == measured
+
+
+def counted(model: nn.Module, pair: Pair) -> int:
+    """Operations of a forward and backward pass."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        out: Tensor = model(**inputs(pair, SHAPE))
+        out.sum().backward()
+    total: int = counter.get_total_flops()
+    return total
