@@ -42,6 +42,7 @@ from fastvideo.models.tiny import write_tiny
 from fastvideo.state import RunDir
 from fastvideo.train import loop, worker
 from fastvideo.train.draw import Drawn, collate
+from fastvideo.train.method import build_method
 from fastvideo.train.metrics import peak_memory_gib
 from fastvideo.train.parallel import Runner, Team
 from fastvideo.train.process import Process
@@ -281,7 +282,8 @@ def our_steps(case: Case, recipe: Recipe, config: Mapping[str, Any], windows: Wi
     source: Any = Synthetic(case, config)
     directory = RunDir(recipe.run_dir).training()
     losses = worker.losses_of(find_family(recipe), runner)
-    job = loop.Job(recipe.train, directory, team, saved, runner, losses, source, source)
+    method = build_method(recipe.train)
+    job = loop.Job(recipe.train, directory, team, saved, runner, losses, source, source, method)
     start = loop.Progressed(step=0, losses=(), measured=True, watch=None)
     with contextlib.ExitStack() as stack:
         running = loop.Loop(job, start, worker.work_of(recipe, config, team), {}, stack)

@@ -5,9 +5,9 @@ import contextlib
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,11 @@ from fastvideo.errors import UserError
 from fastvideo.log import logger
 from fastvideo.state import TrainDir
 
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-"""State by the name of its parameter, so that layouts may group parameters as they like."""
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False)
+"""State by the name of its parameter, so that layouts may group parameters as they like; what is
+frozen is in no checkpoint."""
 CHUNK = 1 << 24
+Part = Literal["model", "average"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Saved:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Of what trains, by name; empty without one."""
 
 
 def amend(folder: Path, **about: Any) -> None:
@@ -106,10 +110,16 @@ def verify(folder: Path) -> None:
 
 
 def load(folder: Path, saved: Saved, *, group: dist.ProcessGroup | None = None) -> None:
-    """Read a complete checkpoint into ``saved``, saved by any number of processes."""
+    """Read a complete checkpoint into ``saved``, saved by any number of processes.
+
+    An average that it lacks, because none was kept so far, begins with its weights.
+    """
     settings = [_settings(group) for group in saved.optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(saved.model, saved.optimizer, options=FLAT)
     wanted: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    has_average = bool(saved.average) and _has(folder, "average")
+    if has_average:
+        wanted["average"] = saved.average
     _load(folder, wanted, group=group)
     set_state_dict(
         saved.model,
@@ -120,6 +130,16 @@ def load(folder: Path, saved: Saved, *, group: dist.ProcessGroup | None = None) 
     )
     for group_now, values in zip(saved.optimizer.param_groups, settings, strict=True):
         group_now.update(values)
+    if not has_average:
+        begin_average(saved)
+
+
+@torch.no_grad()
+def begin_average(saved: Saved) -> None:
+    """Let the average, if one is kept, be what the weights are."""
+    parameters = dict(saved.model.named_parameters())
+    for name, averaged in saved.average.items():
+        averaged.copy_(parameters[name])
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -129,8 +149,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     model.load_state_dict(wanted)
 
 
-def read_tensors(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read some of the model's tensors in a complete checkpoint, and nothing else, to the host.
+def read_tensors(
+    folder: Path, like: Mapping[str, Tensor], *, part: Part = "model"
+) -> dict[str, Tensor]:
+    """Read some tensors of the model, or of its average, in a complete checkpoint to the host.
 
     They have the shapes and dtypes of ``like``; numbers are rounded where its dtype is narrower.
 
@@ -138,8 +160,13 @@ def read_tensors(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         UserError: The checkpoint lacks some, or has them with other shapes.
     """
     found = {name: torch.empty_like(tensor, device="cpu") for name, tensor in like.items()}
-    _load(folder, {"model": found})
+    _load(folder, {part: found})
     return found
+
+
+def _has(folder: Path, part: Part) -> bool:
+    names = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return any(name.startswith(f"{part}.") for name in names)
 
 
 def crc32(path: Path) -> int:

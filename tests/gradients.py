@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of two forward passes, and how far they are apart."""
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -11,6 +12,27 @@ def relative(a: Tensor, b: Tensor) -> float:
     """Distance in the 2-norm, as a share of the norm of ``b``."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm())
+
+
+def distances(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Distance of each gradient, as a share of the norm of its module's, weight and bias together.
+
+    What the bias of a key sums over all tokens nearly cancels: what its rounding is to the little
+    that is left depends on the processor.
+    """
+    assert found.keys() == expected.keys()
+    squares: dict[str, float] = defaultdict(float)
+    for name, tensor in expected.items():
+        squares[_module(name)] += tensor.detach().double().square().sum().item()
+    return {
+        name: float((found[name].detach().double() - tensor.detach().double()).norm())
+        / max(squares[_module(name)], 1e-300) ** 0.5
+        for name, tensor in expected.items()
+    }
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".bias").removesuffix(".weight")
 
 
 def gradients(

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -146,19 +146,30 @@ def materialise(model: nn.Module, device: torch.device | str) -> None:
     model._apply(bring)
 
 
+Names = Callable[[Iterable[str]], Mapping[str, str]]
+"""Names of a model's tensors to those in its files."""
+
+
+def same_names(names: Iterable[str]) -> dict[str, str]:
+    """Every tensor is in the files, by its own name."""
+    return {name: name for name in names}
+
+
 @torch.no_grad()
-def load_weights(model: nn.Module, files: WeightFiles) -> None:
+def load_weights(model: nn.Module, files: WeightFiles, *, names: Names = same_names) -> None:
     """Fill parameters and persistent buffers, sharded ones with the rows that this process keeps.
 
     Args:
         model: Of plain tensors and of DTensors that are replicated or sharded by their first
             dimension, as ``fully_shard`` makes them; they have memory, see `materialise`.
         files: Read for exactly these rows; numbers are converted to the model's dtypes.
+        names: Those it leaves out are not in the files and keep what they have.
 
     Raises:
         UserError: The files lack tensors, or have them with other shapes.
     """
-    wanted = model.state_dict()
+    tensors = model.state_dict()
+    wanted = {file_name: tensors[name] for name, file_name in names(tensors).items()}
     refuse_missing(wanted.keys() - files.tensors.keys(), files.path, files.folder)
     with loading(files.path, files.folder):
         for name, tensor in wanted.items():

@@ -6,7 +6,7 @@ restarts. Axes: B batch, C channels, T/Y/X latent frames, rows, columns, L text 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Drawn:
     sigma: Tensor
     text: Text
     images: Mapping[str, Tensor]
+    seed: int = 0
+    """Of what else is random while it is trained on, see ``fastvideo.models.adapters.Dropout``."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,14 @@ class Draw:
     def training(self, place: Place) -> Drawn:
         """Draw caption, dropout, noise level and noise, in this order."""
         generator = torch.Generator()
-        generator.manual_seed(hashing.seed_of(self.seed, "sample", place.epoch, place.index))
+        seed = hashing.seed_of(self.seed, "sample", place.epoch, place.index)
+        generator.manual_seed(seed)
         sample = self.samples[place.index]
         caption, dropout, u = torch.rand(3, generator=generator, dtype=torch.float64)
         text = sample.texts[int(caption * len(sample.texts))]
         if dropout < self.text_dropout:
             text = self.empty_text
-        return self._drawn(sample, text, u, generator)
+        return replace(self._drawn(sample, text, u, generator), seed=seed)
 
     def heldout(self, index: int, *, quantile: float) -> Drawn:
         """The first caption, a fixed quantile of the noise levels and fixed noise."""

@@ -26,7 +26,9 @@ from fastvideo.log import Progress, logger
 from fastvideo.models.family import Batch
 from fastvideo.models.flow import loss_weight
 from fastvideo.state import TrainDir
+from fastvideo.train import average
 from fastvideo.train.draw import Draw, Drawn, collate
+from fastvideo.train.method import Method
 from fastvideo.train.metrics import Metrics, peak_memory_gib
 from fastvideo.train.optimizer import clip_grad_norm
 from fastvideo.train.parallel import Runner, Team
@@ -53,6 +55,7 @@ class Job:
     losses: Losses
     draw: Draw
     heldout: Draw
+    method: Method
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,8 @@ class Loop:
             finite = math.isfinite(loss) and math.isfinite(norm)
             if finite:
                 job.saved.optimizer.step()
+                if train.ema is not None:
+                    average.update(job.saved, train.ema, step=step)
             job.saved.optimizer.zero_grad()
         self._tell(step, loss, norm, finite=finite)
 
@@ -199,6 +204,8 @@ class Loop:
                 drawn = list(itertools.islice(self._drawn, micro))
             # Copies may wait for passes before this one: not the time that data takes.
             batch = collate(drawn, device=job.team.device)
+            seeds = [each.seed for each in drawn]
+            job.method.draw(job.saved.model, seeds, device=job.team.device)
             with job.runner.micro_batch(last=first + micro >= share):
                 self._beat(step, "forward")
                 with self._stopwatch.phase("forward"):
@@ -296,10 +303,8 @@ class Loop:
         due = spec.every_steps and (step % spec.every_steps == 0 or step == job.train.steps)
         if not due or clips == 0:
             return True
-        job.saved.model.eval()
-        with self._stopwatch.phase("heldout"):
+        with self._stopwatch.phase("heldout"), average.evaluated(job.saved):
             totals = self._heldout_totals(step, clips)
-        job.saved.model.train()
         if totals is None:
             return False
         by_quantile = [total / clips for total in totals]

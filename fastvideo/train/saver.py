@@ -177,7 +177,8 @@ def _state_of(saved: Saved) -> dict[str, Any]:
         for name, value in optimizer_state.items():
             if name.endswith(".step") and isinstance(value, Tensor):
                 value.zero_()
-    return {"model": model_state, "optimizer": optimizer_state}
+    averaged = {"average": saved.average} if saved.average else {}
+    return {"model": model_state, "optimizer": optimizer_state, **averaged}
 
 
 def _share(state: dict[str, Any], copy: Copy) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training process: builds model, data and optimizer, resumes, and runs the loop."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from fastvideo.data.loader import Samples
 from fastvideo.data.shard import read_empty_prompt
 from fastvideo.errors import UserError
 from fastvideo.log import logger
-from fastvideo.models import weights
 from fastvideo.models.execution import Execution
 from fastvideo.models.family import (
     Batch,
@@ -28,8 +28,9 @@ from fastvideo.models.family import (
 )
 from fastvideo.models.flow import loss_per_sample
 from fastvideo.models.folder import find_model, read_config
+from fastvideo.models.weights import WeightFiles
 from fastvideo.state import RunDir, ShardStore, TrainDir
-from fastvideo.train import loop, parallel
+from fastvideo.train import average, loop, parallel
 from fastvideo.train.draw import Draw
 from fastvideo.train.method import build_method
 from fastvideo.train.node.pulse import SAVE_FACTOR, START_MINUTES
@@ -99,9 +100,13 @@ def _job(
     """Build what the loop works with; the weights come from a checkpoint or the base model."""
     saved = empty_state(recipe, path, transformer=transformer, team=team)
     directory = RunDir(recipe.run_dir).training(transformer)
+    method = build_method(recipe.train)
+    files = functools.cache(lambda: WeightFiles(path, folder=transformer))
+    method.load_frozen(saved.model, files)
     start = _resume(directory, saved, team)
     if start.step == 0:
-        weights.load_weights(saved.model, weights.WeightFiles(path, folder=transformer))
+        method.begin(saved.model, files)
+        checkpoint.begin_average(saved)
     runner = Runner(saved.model, team, recipe.parallel)
     if team.leads:
         _tell(recipe, transformer, saved, draws, start)
@@ -114,6 +119,7 @@ def _job(
         losses=losses_of(find_family(recipe), runner),
         draw=draws[0],
         heldout=draws[1],
+        method=method,
     )
     return job, start
 
@@ -122,12 +128,13 @@ def empty_state(recipe: Recipe, path: Path, *, transformer: str, team: Team) -> 
     """Build model and optimizer as the layout says; the weights have memory, but no numbers yet."""
     train, family = recipe.train, find_family(recipe)
     model: nn.Module = family.empty_transformer(path, folder=transformer)
-    build_method(train.method).prepare(model)
+    build_method(train).prepare(model)
     recompute = train.activation_checkpointing
     family.attach(model, Execution(recompute, train.compile, team.sequence))
     parallel.place(model, team, recipe.parallel, dtype=getattr(torch, train.dtype))
     model.train()
-    return checkpoint.Saved(model, build_optimizer(model, train.optimizer))
+    averaged = average.empty_average(model) if train.ema else {}
+    return checkpoint.Saved(model, build_optimizer(model, train.optimizer), averaged)
 
 
 def _tell(

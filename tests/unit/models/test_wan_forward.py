@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvideo.models import wan_forward
 from fastvideo.models.execution import Execution
-from tests.gradients import gradients, relative
+from tests.gradients import distances, gradients, relative
 
 TOLERANCE = 1e-6
 """Relative, in the 2-norm, float32."""
@@ -69,6 +69,12 @@ def theirs(model: WanTransformer3DModel, given: dict[str, Tensor]) -> Tensor:
     return output
 
 
+def theirs_one_by_one(model: WanTransformer3DModel, given: dict[str, Tensor]) -> Tensor:
+    """The same numbers by matrix products of other sizes."""
+    samples = [{name: t[i : i + 1] for name, t in given.items()} for i in range(2)]
+    return torch.cat([theirs(model, sample) for sample in samples])
+
+
 def ours(model: WanTransformer3DModel, given: dict[str, Any]) -> Tensor:
     return wan_forward.forward(model, **given)
 
@@ -97,11 +103,13 @@ def test_output_equals_diffusers(kind: str, shape: tuple[int, ...]) -> None:
 def test_gradients_equal_diffusers(kind: str, run: Any) -> None:
     model, given = build(kind), inputs(kind)
     expected = gradients(theirs, model, given, fixed=("timestep",))
-    found = gradients(run, model, given, fixed=("timestep",))
-    assert found.keys() == expected.keys()
+    # How much rounding a product of another size brings differs between processors.
+    themselves = gradients(theirs_one_by_one, model, given, fixed=("timestep",))
+    bound = max(TOLERANCE, 2 * max(distances(themselves, expected).values()))
+    apart = distances(gradients(run, model, given, fixed=("timestep",)), expected)
     for name, gradient in expected.items():
         assert gradient.norm() > 0, f"{name} is not tested: its gradient is zero"
-        assert relative(found[name], gradient) <= TOLERANCE, name
+        assert apart[name] <= bound, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,7 +200,7 @@ def test_the_timestep_of_one_token_changes_the_output(kind: str) -> None:
     reference = ours(model, given)
     given["timestep"][1, 40] += 0.5
     changed = ours(model, given)
-    assert torch.equal(changed[0], reference[0])
+    assert relative(changed[0], reference[0]) <= TOLERANCE, "the other sample"
     assert relative(changed[1], reference[1]) > 1e-4
     assert relative(changed, theirs(model, given)) <= TOLERANCE
 

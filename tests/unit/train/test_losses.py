@@ -20,6 +20,7 @@ from fastvideo.models.family import Batch, Text, find_family
 from fastvideo.state import RunDir
 from fastvideo.train import loop
 from fastvideo.train.draw import Drawn
+from fastvideo.train.method import FullFinetune
 from fastvideo.train.parallel import Runner, Team
 from fastvideo.train.process import Process
 from fastvideo.train.throughput import Work
@@ -110,6 +111,7 @@ def records(run_dir: Path, timesteps: Timesteps) -> list[dict[str, Any]]:
         losses=ones,
         draw=AtOneSigma(),  # type: ignore[arg-type]
         heldout=AtOneSigma(),  # type: ignore[arg-type]
+        method=FullFinetune(),
     )
     start = loop.Progressed(step=0, losses=(), measured=False, watch=None)
     work = Work(2, 4, 1.0, 1.0, 1, "cpu", "float32")
