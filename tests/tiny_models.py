@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformers of tiny models and what training gives them, without files and pipelines."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
-from diffusers.models.embeddings import TimestepEmbedding
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fastvideo.config.lora import targets
-from fastvideo.config.train import Lora
+from fastvideo.config.train import Full, Lora, Train
 from fastvideo.cost.layers import Tokens
-from fastvideo.models import hunyuan_forward, wan_forward
+from fastvideo.models import hunyuan_forward, wan_forward, weights
 from fastvideo.models.execution import Execution, Recompute
 from fastvideo.models.tiny_configs import TRANSFORMERS
+from fastvideo.train.method import build_method
 from tests.tiny_world import PAIRS, Pair
 
 ARCHITECTURES = list({str(TRANSFORMERS[p.family, p.task]): p for p in reversed(PAIRS)}.values())
@@ -71,14 +67,29 @@ def functions(pair: Pair) -> Any:
 
 
 def attached(
-    pair: Pair, policy: Recompute = "none", *, method: Lora | None = None, dtype: str = "float32"
+    pair: Pair,
+    policy: Recompute = "none",
+    *,
+    method: Full | Lora | None = None,
+    dtype: str = "float32",
 ) -> nn.Module:
-    """A transformer with our forward; with ``method`` frozen, and adapters of peft's train."""
+    """A transformer with our forward, prepared as training does with ``method``."""
     model = build(pair)
     if method:
-        add_adapters(model, method, dtype=dtype)
+        _prepare(model, Train.model_validate({"method": method, "dtype": dtype}))
     functions(pair).attach(model, Execution(recompute=policy))
     return model
+
+
+def _prepare(model: nn.Module, train: Train) -> None:
+    """Let train what does, with numbers as after a while, for micro-batches of two."""
+    method = build_method(train)
+    method.prepare(model)
+    weights.materialise(model, "cpu")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    method.draw(model, (0, 1), device="cpu")
 
 
 def forward(pair: Pair, model: nn.Module, shape: tuple[int, ...], dtype: str) -> Callable[[], Any]:
@@ -90,59 +101,3 @@ def forward(pair: Pair, model: nn.Module, shape: tuple[int, ...], dtype: str) ->
         return out
 
     return run
-
-
-def linears(model: nn.Module) -> list[str]:
-    """Names of the matrix products that may get an adapter."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
-def add_adapters(model: nn.Module, method: Lora, *, dtype: str) -> None:
-    """Freeze a model, hold it as it is computed with, and let adapters and norms train."""
-    chosen = targets(method, linears(model))
-    model.requires_grad_(False)
-    if dtype == "bfloat16":
-        _hold_in_bfloat16(model)
-    config = LoraConfig(
-        r=method.rank,
-        lora_alpha=2 * method.rank,
-        target_modules="|".join(map(re.escape, chosen)),
-        lora_bias=method.biases,
-    )
-    inject_adapter_in_model(config, model)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            _prepare(module, method)
-    for name, parameter in model.named_parameters():
-        if method.norms and re.search(r"^\w*blocks\.\d+\..*norm", name) and parameter.ndim == 1:
-            parameter.requires_grad_("linear" not in name)
-
-
-def _hold_in_bfloat16(model: nn.Module) -> None:
-    """What autocast would cast, and nothing else."""
-    exact = {m for t in model.modules() if isinstance(t, TimestepEmbedding) for m in t.modules()}
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv3d) and module not in exact:
-            module.bfloat16()
-
-
-def _prepare(layer: LoraLayer, method: Lora) -> None:
-    layer.cast_input_dtype_enabled = False
-    for part in (layer.lora_A["default"], layer.lora_B["default"]):
-        part.float()
-        for parameter in part.parameters():
-            nn.init.normal_(parameter)
-    if method.dropout:
-        layer.lora_dropout["default"] = _Dropout(method.dropout)
-
-
-class _Dropout(nn.Module):
-    """Leaves the same numbers of all tokens of a sample out."""
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (x.shape[0], *(1 for _ in x.shape[2:]), x.shape[-1])
-        return x * torch.empty(shape, dtype=x.dtype).bernoulli_(1 - self.share)

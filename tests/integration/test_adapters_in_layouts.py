@@ -4,13 +4,10 @@
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
-from fastvideo.models.tiny import write_tiny
 from fastvideo.preprocess import preprocess
 from tests.layouts_job import Layout, distance, losses, train_in, weights
-from tests.tiny_world import PAIRS, Pair, World, in_fork, make_world
+from tests.tiny_world import World, in_fork, make_world
 
 NOISE = 1e-5
 """What another order of float32 sums may change, relative."""

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastvideo.config.train import Lora
 from fastvideo.cost.activations import Computation, Policy, Saved, saved
 from fastvideo.cost.layers import Tokens
+from fastvideo.cost.transformer import FULL
 from fastvideo.models.execution import Execution
 from fastvideo.models.sequence import SequenceParallel
 from fastvideo.models.tiny_configs import TRANSFORMERS
@@ -37,8 +39,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(part)
 
 
-def expected(pair: Pair, shape: tuple[int, ...], how: Computation) -> Saved:
-    return saved(TRANSFORMERS[pair.family, pair.task], pair.family, tokens(pair, shape), how=how)
+def expected(
+    pair: Pair, shape: tuple[int, ...], how: Computation, method: Lora | None = None
+) -> Saved:
+    config, given = TRANSFORMERS[pair.family, pair.task], tokens(pair, shape)
+    return saved(config, pair.family, given, method=method or FULL, how=how)
 
 
 @every_shape
@@ -76,16 +81,19 @@ def test_it_is_what_is_alive_between_forward_and_backward(
     assert found.forward == measured
 
 
+@pytest.mark.parametrize("method", [None, Lora(rank=4)], ids=["full", "lora"])
 @every_dtype
 @every_architecture
-def test_a_block_computed_again_takes_what_it_leaves_when_run_alone(pair: Pair, dtype: str) -> None:
+def test_a_block_computed_again_takes_what_it_leaves_when_run_alone(
+    pair: Pair, dtype: str, method: Lora | None
+) -> None:
     calls: list[tuple[nn.Module, tuple[Any, ...]]] = []
 
     def run(layer: nn.Module, *arguments: Any) -> Any:
         calls.append((layer, arguments))
         return layer(*arguments)
 
-    model = attached(pair, "none")
+    model = attached(pair, "none", method=method, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
         functions(pair).forward(model, **inputs(pair, SHAPES[0]), run=run)
     measured = []
@@ -93,7 +101,7 @@ def test_a_block_computed_again_takes_what_it_leaves_when_run_alone(pair: Pair, 
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             again = functools.partial(layer, *arguments)
             measured.append(alive_after(again, model, given=tensors_in(arguments)))
-    found = expected(pair, SHAPES[0], Computation(dtype, gpu=False, policy="full"))
+    found = expected(pair, SHAPES[0], Computation(dtype, gpu=False, policy="full"), method)
     assert found.block == max(measured)
 
 
