@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvideo.config.train import Full, Lora, Train
 from fastvideo.cost.layers import Tokens
+from fastvideo.cost.transformer import FULL
 from fastvideo.models import hunyuan_forward, wan_forward, weights
 from fastvideo.models.execution import Execution, Recompute
 from fastvideo.models.tiny_configs import TRANSFORMERS
@@ -70,12 +71,12 @@ def attached(
     pair: Pair,
     policy: Recompute = "none",
     *,
-    method: Full | Lora | None = None,
+    method: Full | Lora = FULL,
     dtype: str = "float32",
 ) -> nn.Module:
     """A transformer with our forward, prepared as training does with ``method``."""
     model = build(pair)
-    if method:
+    if method != FULL:
         _prepare(model, Train.model_validate({"method": method, "dtype": dtype}))
     functions(pair).attach(model, Execution(recompute=policy))
     return model

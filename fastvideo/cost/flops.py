@@ -57,8 +57,8 @@ def training_flops(recipe: Recipe, config: Mapping[str, Any]) -> Flops:
     """Model FLOPs of one sample's forward and backward pass.
 
     Each product has two gradients, as many operations each: of its input where something trains
-    before it, of its weights where they train. Of a full finetune that is three times the forward
-    but for the first layers; of adapters, two times.
+    before it, of its weights where they train. A full finetune takes three times the forward pass,
+    but for the first layers; frozen projections between adapters take two times theirs.
 
     What checkpointing and attention kernels compute a second time does not count, so that a
     utilisation made from this number cannot be raised by computing more (Chowdhery et al., 2022,

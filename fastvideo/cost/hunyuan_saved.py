@@ -31,16 +31,15 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Streams:
-    """Tokens of the video and of the text; ``joint`` where both are views of one tensor."""
+    """Tokens of the video and of the text, which may be parts of one tensor."""
 
     video: Value
     text: Value
-    joint: Value | None = None
 
     @property
     def values(self) -> list[Value]:
-        """The memory they lie in."""
-        return [self.joint] if self.joint else [self.video, self.text]
+        """Both."""
+        return [self.video, self.text]
 
 
 class HunyuanSaved:
@@ -75,8 +74,7 @@ class HunyuanSaved:
     def leave(self, tape: Tape, x: Streams, condition: Conditioning) -> None:
         """Final norm and projection."""
         vectors = tape.linear(tape.activation(condition.time), "norm_out.linear")
-        normed = tape.layer_norm(x.joint or x.video, rows=self._video)
-        scaled = tape.multiply(normed, self._vector(tape, vectors))
+        scaled = tape.multiply(tape.layer_norm(x.video), self._vector(tape, vectors))
         tape.linear(tape.like(scaled, vectors), "proj_out")
 
     def _steps(self, tape: Tape, name: str) -> Value:
@@ -99,7 +97,7 @@ class HunyuanSaved:
         x = tape.linear(x, f"{embed}.proj_in")
         for name in refiner_blocks(config):
             x = self._refine(tape, name, x, time)
-        return Value(self._text, self._wide, x.size, x.grad)
+        return x.part(self._text)
 
     def _refine(self, tape: Tape, name: str, x: Value, time: Value) -> Value:
         gates = tape.linear(tape.activation(time), f"{name}.norm_out.linear")
@@ -127,13 +125,10 @@ class HunyuanSaved:
         attended = self._attend(tape, f"{name}.attn", joined, condition)
         outs = []
         for stream, gate, out in zip(streams, gates, ("to_out.0", "to_add_out"), strict=True):
-            # A part of one sample is a view of the whole; of several samples it is a copy.
-            single = self._tokens.batch == 1
-            part = attended
-            if not single:
-                part = new(stream.rows, self._wide, attended.size, of=[attended])
+            part = attended.part(stream.rows)
+            if self._tokens.batch > 1:  # rows of several samples are apart
+                part = tape.like(part)
             product = tape.linear(part, f"{name}.attn.{out}")
-            product = Value(stream.rows, self._wide, tape.size, product.grad)
             outs.append(tape.like(stream, tape.multiply(product, gate)))
         for index, feed_forward in enumerate(("ff", "ff_context")):
             normed = self._modulated(tape, outs[index], gates[index])
@@ -152,10 +147,7 @@ class HunyuanSaved:
         both = Value(joint.rows, attended.width + hidden.width, attended.size)
         both = tape.like(both, attended, hidden)
         joint = tape.like(joint, tape.multiply(tape.linear(both, f"{name}.proj_out"), gate))
-        video, text = (
-            new(rows, self._wide, joint.size, of=[joint]) for rows in (self._video, self._text)
-        )
-        return Streams(video, text, joint)
+        return Streams(joint.part(self._video), joint.part(self._text))
 
     def _vector(self, tape: Tape, vectors: Value) -> Value:
         """One plus a scale, of each sample."""

@@ -19,20 +19,31 @@ FLOAT32 = 4
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """The memory of a tensor and of all its views: how many rows of a width, bytes of a number.
+    """A tensor: how many rows of a width, bytes of a number.
 
-    ``grad`` is whether something that trains went into it.
+    ``grad`` is whether something that trains went into it. Views of all its rows are the same
+    value; a part of them is a value of its own in the memory of the ``whole``.
     """
 
     rows: int
     width: int
     size: int
     grad: bool = False
+    whole: "Value | None" = None
+
+    @property
+    def memory(self) -> "Value":
+        """What is kept where it is."""
+        return self.whole or self
 
     @property
     def bytes(self) -> int:
         """Of all its numbers."""
         return self.rows * self.width * self.size
+
+    def part(self, rows: int) -> "Value":
+        """A view of some rows."""
+        return Value(rows, self.width, self.size, self.grad, self.memory)
 
 
 class Tape:
@@ -66,11 +77,12 @@ class Tape:
 
     def keep(self, *values: Value) -> None:
         """Keep values that are not yet."""
-        self._kept.update(dict.fromkeys(values))
+        self._kept.update(dict.fromkeys(value.memory for value in values))
 
     def without(self, values: list[Value]) -> int:
         """Bytes of all values that are kept but ``values``."""
-        return self.bytes - sum(value.bytes for value in values if value in self._kept)
+        known = {value.memory for value in values}
+        return sum(value.bytes for value in self._kept if value not in known)
 
     def like(self, x: Value, *others: Value) -> Value:
         """A new tensor of the shape of ``x`` and the widest of all dtypes, as a sum has."""
@@ -116,17 +128,17 @@ class Tape:
             self.keep(x)
         return self.like(x, y)
 
-    def layer_norm(self, x: Value, name: str = "", *, rows: int | None = None) -> Value:
-        """Layer norm as autocast runs it, of the first ``rows`` of ``x``, a view, or of all.
+    def layer_norm(self, x: Value, name: str = "") -> Value:
+        """Layer norm as autocast runs it.
 
         With ``name`` it has weights, which are float32, as are its statistics then.
         """
-        rows, grad = rows or x.rows, x.grad or self._trains(f"{name}.weight")
-        if self._gpu and x.size != FLOAT32:
-            x = Value(rows, x.width, FLOAT32)
+        grad = x.grad or self._trains(f"{name}.weight")
+        if self._gpu:
+            x = self.cast(x, FLOAT32)
         if grad:
-            self.keep(x, Value(rows, 2, FLOAT32 if name else x.size))
-        return Value(rows, x.width, x.size, grad)
+            self.keep(x, Value(x.rows, 2, FLOAT32 if name else x.size))
+        return Value(x.rows, x.width, x.size, grad)
 
     def rms_norm(self, x: Value, name: str) -> Value:
         """RMS norm of torch with weights, which are float32."""

@@ -2,6 +2,7 @@
 """Activation bytes against real forward passes of every tiny model: equal, under every policy."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastvideo.config.train import Lora
+from fastvideo.config.train import Full, Lora
 from fastvideo.cost.activations import Computation, Policy, Saved, saved
 from fastvideo.cost.layers import Tokens
 from fastvideo.cost.transformer import FULL
@@ -19,11 +20,12 @@ from fastvideo.models.sequence import SequenceParallel
 from fastvideo.models.tiny_configs import TRANSFORMERS
 from tests.ranks import in_ranks
 from tests.saved_memory import alive_after, kept_by_autograd, rules_of_gpus
-from tests.tiny_models import ARCHITECTURES, attached, build, forward, functions, inputs, tokens
+from tests.tiny_models import ARCHITECTURES, attached, forward, functions, inputs, tokens
 from tests.tiny_world import PAIRS, Pair
 
 SHAPES = [(2, 3, 16, 12), (1, 5, 16, 16)]
 """(B, T, Y, X) of latents."""
+METHODS: dict[str, Full | Lora] = {"full": FULL, "lora": Lora(rank=4)}
 every_architecture = pytest.mark.parametrize("pair", ARCHITECTURES, ids=str)
 every_twin = pytest.mark.parametrize("pair", PAIRS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -40,10 +42,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def expected(
-    pair: Pair, shape: tuple[int, ...], how: Computation, method: Lora | None = None
+    pair: Pair, shape: tuple[int, ...], how: Computation, method: Full | Lora = FULL
 ) -> Saved:
     config, given = TRANSFORMERS[pair.family, pair.task], tokens(pair, shape)
-    return saved(config, pair.family, given, method=method or FULL, how=how)
+    return saved(config, pair.family, given, method=method, how=how)
 
 
 @every_shape
@@ -81,11 +83,11 @@ def test_it_is_what_is_alive_between_forward_and_backward(
     assert found.forward == measured
 
 
-@pytest.mark.parametrize("method", [None, Lora(rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 @every_dtype
 @every_architecture
 def test_a_block_computed_again_takes_what_it_leaves_when_run_alone(
-    pair: Pair, dtype: str, method: Lora | None
+    pair: Pair, dtype: str, method: Full | Lora
 ) -> None:
     calls: list[tuple[nn.Module, tuple[Any, ...]]] = []
 
@@ -127,28 +129,25 @@ def test_processes_that_share_a_sample_hold_their_part(pair: Pair) -> None:
     assert 0.5 < half / whole < 0.6
 
 
-def kept_by_one_of_several(rank: int) -> dict[tuple[str, str], int]:
-    """Of each architecture in each dtype, by the rules of GPUs."""
-    found = {}
+def kept_by_one_of_several(rank: int) -> dict[tuple[str, str, str], int]:
+    """Of each architecture, method and dtype, by the rules of GPUs."""
     group = dist.group.WORLD
     assert isinstance(group, dist.ProcessGroup)
-    for pair in ARCHITECTURES:
-        for dtype in ("float32", "bfloat16"):
-            model = build(pair)
-            functions(pair).attach(model, Execution(sequence=SequenceParallel(group)))
-            with rules_of_gpus():
-                kept = kept_by_autograd(forward(pair, model, SHAPES[0], dtype), model)
-            found[str(pair), dtype] = kept
+    found = {}
+    for pair, kind, dtype in itertools.product(ARCHITECTURES, METHODS, ("float32", "bfloat16")):
+        model = attached(pair, method=METHODS[kind], dtype=dtype)
+        functions(pair).attach(model, Execution(sequence=SequenceParallel(group)))
+        with rules_of_gpus():
+            kept = kept_by_autograd(forward(pair, model, SHAPES[0], dtype), model)
+        found[str(pair), kind, dtype] = kept
     return found
 
 
 def test_two_processes_keep_what_is_counted_of_one_that_shares() -> None:
-    """The largest difference, 0.9 %, is of HunyuanVideo in float32."""
+    """The largest difference is of HunyuanVideo in float32."""
     for measured in in_ranks(2, kept_by_one_of_several):
-        for pair in ARCHITECTURES:
-            config = TRANSFORMERS[pair.family, pair.task]
-            for dtype in ("float32", "bfloat16"):
-                how = Computation(dtype, sequence=2)
-                found = saved(config, pair.family, tokens(pair, SHAPES[0]), how=how).forward
-                kept = measured[str(pair), dtype]
-                assert found == pytest.approx(kept, rel=0.01), (pair, dtype)
+        for pair, kind, dtype in itertools.product(ARCHITECTURES, METHODS, ("float32", "bfloat16")):
+            how = Computation(dtype, sequence=2)
+            found = expected(pair, SHAPES[0], how, METHODS[kind]).forward
+            kept = measured[str(pair), kind, dtype]
+            assert found == pytest.approx(kept, rel=0.01), (pair, kind, dtype, found / kept)

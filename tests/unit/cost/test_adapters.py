@@ -33,9 +33,11 @@ every_architecture = pytest.mark.parametrize("pair", ARCHITECTURES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
-def expected(pair: Pair, method: Lora, how: Computation) -> Saved:
+def expected(
+    pair: Pair, method: Lora, how: Computation, *, shape: tuple[int, ...] = SHAPE
+) -> Saved:
     config = TRANSFORMERS[pair.family, pair.task]
-    return saved(config, pair.family, tokens(pair, SHAPE), method=method, how=how)
+    return saved(config, pair.family, tokens(pair, shape), method=method, how=how)
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
@@ -45,6 +47,16 @@ def test_without_checkpointing_it_is_what_hooks_see(pair: Pair, name: str, dtype
     measured = kept_by_autograd(forward(pair, model, SHAPE, dtype), model)
     found = expected(pair, METHODS[name], Computation(dtype, gpu=False))
     assert found.forward == measured
+
+
+@every_dtype
+@every_architecture
+def test_parts_of_a_single_sample_are_views(pair: Pair, dtype: str) -> None:
+    shape = (1, 3, 8, 8)
+    model = attached(pair, method=METHODS["blocks"], dtype=dtype)
+    measured = kept_by_autograd(forward(pair, model, shape, dtype), model)
+    how = Computation(dtype, gpu=False)
+    assert expected(pair, METHODS["blocks"], how, shape=shape).forward == measured
 
 
 @pytest.mark.parametrize("name", ["norms", "feed-forward and norms"])
