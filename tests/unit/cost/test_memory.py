@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes of weights and optimizers against real ones, and what a layout does to each part."""
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fastvideo.config.architectures import release
+from fastvideo.config.parallel import Parallel
 from fastvideo.config.recipe import Recipe
 from fastvideo.cost.layers import Tokens
+from fastvideo.cost.layout import Layout
 from fastvideo.cost.memory import (
     GIB,
     Memory,
@@ -23,9 +26,15 @@ from fastvideo.cost.memory import (
     state_of,
 )
 from fastvideo.cost.transformer import layers, parameters
+from fastvideo.models.execution import Execution
 from fastvideo.models.tiny_configs import TRANSFORMERS
+from fastvideo.models.weights import local_rows
+from fastvideo.train.method import build_method
 from fastvideo.train.optimizer import build_optimizer
-from tests.tiny_models import attached
+from fastvideo.train.parallel import joined, place
+from fastvideo.train.process import Process
+from tests.ranks import NoStop, Silent, in_ranks
+from tests.tiny_models import attached, build, functions
 from tests.tiny_world import PAIRS
 
 RECIPES = Path(__file__).parents[3] / "configs/recipes"
@@ -81,6 +90,35 @@ def test_weights_and_optimizers_are_what_is_counted(index: int, kind: str, metho
         optimizer=measured,
         average=4 * numbers,
     )
+
+
+def held_by_one_of_two(rank: int) -> dict[tuple[str, str], tuple[int, int]]:
+    """Bytes of all weights and of those that train, by method and dtype."""
+    found, pair = {}, PAIRS[1]
+    process = Process(NoStop(), Silent(), rank, rank, count=2)
+    layout = Layout(replicate=1, shard=2, sequence=1, reason="")
+    with joined(process, Parallel(), device="cpu", hang_s=60, choose=lambda _: layout) as team:
+        for (name, method), dtype in itertools.product(METHODS.items(), ("float32", "bfloat16")):
+            train = recipe(method, f"train.dtype={dtype}").train
+            with torch.device("meta"):
+                model = build(pair)
+            build_method(train).prepare(model)
+            functions(pair).attach(model, Execution())
+            place(model, team, Parallel(), dtype=getattr(torch, dtype))
+            sizes = [(local_rows(p.data)[0].nbytes, p.requires_grad) for p in model.parameters()]
+            found[name, dtype] = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    return found
+
+
+def test_two_processes_hold_what_is_counted_of_one() -> None:
+    first, _ = in_ranks(2, held_by_one_of_two, join=False)
+    for (name, dtype), measured in first.items():
+        spec, pair = recipe(METHODS[name], f"train.dtype={dtype}").train, PAIRS[1]
+        config = TRANSFORMERS[pair.family, pair.task]
+        found = layers(config, pair.family, Tokens(video=1, text=1), method=spec.method)
+        counted = Counter(parameters_of(found, dtype=dtype, spread=True))
+        state = state_of(counted, spec, shard=2)
+        assert (state.weights, state.gradients) == measured, (name, dtype)
 
 
 def test_whole_copies_are_of_16_bytes_a_parameter_and_what_is_computed_with() -> None:
