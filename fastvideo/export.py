@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints to a model folder that diffusers loads as it is."""
+"""Checkpoints to a folder that diffusers loads as it is: a model, or the LoRA of one."""
 
 import json
 import os
@@ -10,6 +10,8 @@ from typing import Any
 
 from fastvideo import atomic, hashing, model_card, state, trained
 from fastvideo.config.recipe import Recipe
+from fastvideo.config.train import Lora
+from fastvideo.errors import UserError
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
 from fastvideo.models.folder import find_model
@@ -22,14 +24,16 @@ def export(recipe: Recipe) -> dict[str, Any]:
     """Write ``run_dir/export`` from the newest complete checkpoints.
 
     Every trained transformer is written, equal to its checkpoint bit for bit in float32; the other
-    parts are the base model's files. The folder appears complete or not at all.
+    parts are the base model's files. Of adapters there are LoRA files and no model. The folder
+    appears complete or not at all.
 
     Returns:
         ``{"path": folder, "steps": {transformer: step}, "ran": whether anything was to be done}``.
 
     Raises:
-        UserError: There is no complete checkpoint.
+        UserError: There is no complete checkpoint, or no average in one.
     """
+    _check(recipe)
     run_dir = RunDir(recipe.run_dir)
     base = find_model(recipe.model.path)
     checkpoints = trained.newest(recipe, base)
@@ -60,6 +64,13 @@ def export(recipe: Recipe) -> dict[str, Any]:
     return {**result, "ran": True}
 
 
+def _check(recipe: Recipe) -> None:
+    if recipe.export.ema and recipe.train.ema is None:
+        raise UserError(
+            "export.ema: training keeps no average; set train.ema before training, or leave it out"
+        )
+
+
 def _training(recipe: Recipe, transformer: str, checkpoint: Path) -> model_card.Training:
     marker = state.read_checkpoint_marker(checkpoint)
     assert marker is not None
@@ -83,12 +94,11 @@ def _write(
     temporary = atomic.temporary_name(folder)
     atomic.sweep(folder)
     shutil.rmtree(temporary, ignore_errors=True)
-    link = recipe.export.components == "link"
-    # The base may be an export itself, with a card and a marker of its own.
-    _copy(base, temporary, without=(*checkpoints, model_card.NAME, marker.name), link=link)
-    for name, checkpoint in checkpoints.items():
-        _write_transformer(recipe, temporary / name, base=base, checkpoint=checkpoint)
-    name_tokenizers(temporary)
+    temporary.mkdir(parents=True)
+    if isinstance(recipe.train.method, Lora):
+        _write_adapters(recipe, temporary, base=base, checkpoints=checkpoints)
+    else:
+        _write_model(recipe, temporary, base=base, checkpoints=checkpoints)
     (temporary / model_card.NAME).write_text(card, encoding="utf-8")
     # In the folder before it appears, so that it never vouches for another export.
     atomic.write_json(temporary / marker.name, made_from, point="export.marker")
@@ -99,6 +109,26 @@ def _write(
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     atomic.sync(folder.parent)
+
+
+def _write_adapters(
+    recipe: Recipe, target: Path, *, base: Path, checkpoints: Mapping[str, Path]
+) -> None:
+    from fastvideo.export_adapters import write_adapters
+
+    for name, checkpoint in checkpoints.items():
+        write_adapters(target, recipe, base=base, transformer=name, checkpoint=checkpoint)
+
+
+def _write_model(
+    recipe: Recipe, target: Path, *, base: Path, checkpoints: Mapping[str, Path]
+) -> None:
+    # The base may be an export itself, with a card and a marker of its own.
+    without = (*checkpoints, model_card.NAME, RunDir(recipe.run_dir).export_marker.name)
+    _copy(base, target, without=without, link=recipe.export.components == "link")
+    for name, checkpoint in checkpoints.items():
+        _write_transformer(recipe, target / name, base=base, checkpoint=checkpoint)
+    name_tokenizers(target)
 
 
 def _write_transformer(recipe: Recipe, target: Path, *, base: Path, checkpoint: Path) -> None:
@@ -114,6 +144,7 @@ def _write_transformer(recipe: Recipe, target: Path, *, base: Path, checkpoint: 
         target,
         like=model.state_dict(),
         checkpoint=checkpoint,
+        part="average" if recipe.export.ema else "model",
         max_bytes=int(recipe.export.max_shard_gib * 2**30),
     )
     _copy_config(base / target.name, target)

@@ -2,15 +2,16 @@
 """README.md of an exported model: what it is, how to load it, and from what it was made."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastvideo import __version__
+from fastvideo import __version__, state
 from fastvideo.config.recipe import Recipe
+from fastvideo.config.train import Lora
 
 NAME = "README.md"
 TASKS = {"t2v": "text-to-video", "i2v": "image-to-video"}
@@ -38,7 +39,7 @@ def text(recipe: Recipe, *, base: Path, pipeline: str, trained: Mapping[str, Tra
     head = {
         "library_name": "diffusers",
         "pipeline_tag": TASKS[recipe.model.task],
-        "tags": [recipe.model.family, "finetuned", "fastvideo"],
+        "tags": [recipe.model.family, "lora" if _is_lora(recipe) else "finetuned", "fastvideo"],
         **_from_hub(recipe),
         **_licence(base),
     }
@@ -51,12 +52,11 @@ def text(recipe: Recipe, *, base: Path, pipeline: str, trained: Mapping[str, Tra
             "",
             f"# {recipe.run_dir.name}",
             "",
-            f"{recipe.model.path}, finetuned for {TASKS[recipe.model.task]} with fastvideo "
-            f"{__version__}.",
+            f"{_what(recipe)} for {TASKS[recipe.model.task]}, made with fastvideo {__version__}.",
             "",
             "## How to load it",
             "",
-            *_loading(recipe, pipeline),
+            *_loading(recipe, pipeline, trained),
             "",
             "## What it was trained on",
             "",
@@ -81,7 +81,18 @@ def _row(name: str, training: Training | None) -> str:
     return f"| `{name}` | {step} | {samples} | {clips['train']} | {clips['heldout']} |"
 
 
-def _loading(recipe: Recipe, pipeline: str) -> list[str]:
+def _is_lora(recipe: Recipe) -> bool:
+    return isinstance(recipe.train.method, Lora)
+
+
+def _what(recipe: Recipe) -> str:
+    averaged = " (averaged weights)" if recipe.export.ema else ""
+    if _is_lora(recipe):
+        return f"A LoRA{averaged} of {recipe.model.path}"
+    return f"{recipe.model.path}, finetuned{averaged}"
+
+
+def _loading(recipe: Recipe, pipeline: str, trained: Collection[str]) -> list[str]:
     clip, spec = recipe.clip, recipe.generate
     given: dict[str, Any] = {
         "guidance_scale": spec.guidance_scale,
@@ -105,8 +116,10 @@ def _loading(recipe: Recipe, pipeline: str) -> list[str]:
         "import torch",
         f"from diffusers import {pipeline}",
         f"from diffusers.utils import {utilities}",
+        *_norm_imports(recipe),
         "",
-        f"pipe = {pipeline}.from_pretrained('path/to/this/folder', dtype=torch.bfloat16)",
+        f"pipe = {pipeline}.from_pretrained({_folder(recipe)!r}, dtype=torch.bfloat16)",
+        *_lora_loading(recipe, trained),
         "pipe.vae.to(torch.float32)  # as it was used to encode the clips",
         *shift,
         "video = pipe.to('cuda')(",
@@ -118,6 +131,32 @@ def _loading(recipe: Recipe, pipeline: str) -> list[str]:
         f"export_to_video(video, 'video.mp4', fps={clip.fps:g})",
         "```",
     ]
+
+
+def _folder(recipe: Recipe) -> str:
+    return recipe.model.path if _is_lora(recipe) else "path/to/this/folder"
+
+
+def _norm_imports(recipe: Recipe) -> list[str]:
+    method = recipe.train.method
+    has_norms = isinstance(method, Lora) and method.norms
+    return ["from safetensors.torch import load_file"] if has_norms else []
+
+
+def _lora_loading(recipe: Recipe, trained: Collection[str]) -> list[str]:
+    """Load the LoRA of each transformer, and the norms that trained beside it."""
+    method = recipe.train.method
+    if not isinstance(method, Lora):
+        return []
+    lines = []
+    for name in trained:
+        second = ", load_into_transformer_2=True" if name != "transformer" else ""
+        file = state.LORA_FILES[name]
+        lines.append(f"pipe.load_lora_weights('path/to/this/folder', weight_name={file!r}{second})")
+        if method.norms:
+            norms = f"load_file('path/to/this/folder/{state.NORM_FILES[name]}')"
+            lines.append(f"pipe.{name}.load_state_dict({norms}, strict=False)")
+    return lines
 
 
 def _from_hub(recipe: Recipe) -> dict[str, str]:

@@ -236,6 +236,17 @@ class RunDir:
         return self.root / "generate" / weights
 
 
+LORA_FILES = {
+    "transformer": "pytorch_lora_weights.safetensors",
+    "transformer_2": "pytorch_lora_weights_2.safetensors",
+}
+"""The LoRA of each transformer; the first is what diffusers looks for in a folder."""
+NORM_FILES = {"transformer": "norms.safetensors", "transformer_2": "norms_2.safetensors"}
+"""Norms that trained beside adapters: LoRA files have no place for them."""
+COMFYUI_FILES = {"transformer": "comfyui.safetensors", "transformer_2": "comfyui_2.safetensors"}
+"""The same LoRA by the names that ComfyUI knows."""
+
+
 @dataclass(frozen=True)
 class TrainDir:
     """Names of the files of the training of one transformer."""

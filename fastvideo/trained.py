@@ -16,6 +16,7 @@ NAMES = {
     "task": "model.task is another",
     "transformer": "the base model has another architecture",
     "interval": "the base model's boundary_ratio is another",
+    "method": "train.method is another",
 }
 """What a checkpoint remembers of the model it was trained from, and how to say that it differs."""
 
@@ -30,6 +31,7 @@ def model_facts(recipe: Recipe, base: Path, *, transformer: str) -> dict[str, An
             without_traces(read_config(base, f"{transformer}/config.json"))
         ),
         "interval": [interval.low, interval.high],
+        "method": recipe.train.method.model_dump(mode="json"),
     }
 
 

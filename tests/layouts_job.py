@@ -55,7 +55,7 @@ class Seen:
 
 def train_in(world: World, run_dir: Path, layout: Layout, *overrides: str) -> list[list[Seen]]:
     """Train in forked processes; the samples that each of them was given, in order."""
-    return in_ranks(layout.processes, _work(world, run_dir, layout, overrides), join=False)
+    return in_ranks(layout.processes, work_of(world, run_dir, layout, overrides), join=False)
 
 
 def start_training(
@@ -66,7 +66,7 @@ def start_training(
     environments: Sequence[Mapping[str, str]],
 ) -> list[int]:
     """Start the processes of a training, each with an environment; their ids."""
-    work = _work(world, run_dir, layout, overrides)
+    work = work_of(world, run_dir, layout, overrides)
     return [
         start_fork(functools.partial(_ended_well, work, rank), environment=environment)
         for rank, environment in enumerate(environments)
@@ -77,7 +77,7 @@ def _ended_well(work: Callable[[int], object], rank: int) -> None:
     work(rank)
 
 
-def _work(
+def work_of(
     world: World, run_dir: Path, layout: Layout, overrides: Sequence[str]
 ) -> Callable[[int], list[Seen]]:
     """What each process does."""
@@ -131,10 +131,15 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def weights(run_dir: Path, step: int) -> dict[str, Tensor]:
     """The model's tensors of a checkpoint, read in one process."""
+    return stored(run_dir, step)["model"]
+
+
+def stored(run_dir: Path, step: int) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a checkpoint by part, read in one process."""
     file = run_dir / f"{step}.pt"
     dcp_to_torch_save(RunDir(run_dir).training().checkpoint(step), file)
-    model: dict[str, Tensor] = torch.load(file)["model"]
-    return model
+    found: dict[str, dict[str, Tensor]] = torch.load(file)
+    return found
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

@@ -166,7 +166,7 @@ class Validation(Spec):
 
 
 class Export(Spec):
-    """The folder that diffusers loads."""
+    """The folder that diffusers loads: a whole model, or with adapters their LoRA files."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the trained weights, which training keeps in float32; parts that diffusers keeps in
@@ -175,6 +175,10 @@ class Export(Spec):
     """Largest safetensors file; larger weights are split, with an index."""
     components: Literal["link", "copy"] = "link"
     """How the untouched weights come in: hard links where the file system allows, else copies."""
+    ema: bool = False
+    """Take the average of `train.ema` instead of the last weights."""
+    comfyui: bool = False
+    """Write LoRA files for ComfyUI as well."""
 
 
 class Generate(Spec):

@@ -28,9 +28,10 @@ _CASTED = (nn.Linear, nn.Conv3d, nn.Conv2d)
 
 
 def add_adapters(model: nn.Module, method: Lora) -> None:
-    """Give the chosen projections an adapter and freeze all else, on the model's own device.
+    """Give the chosen projections an adapter and freeze all else.
 
-    Adapters are float32, whatever the model is. They have no numbers yet, see `fill_adapters`.
+    Adapters are float32 and on the meta device, whatever the model is: ``weights.materialise``
+    gives them memory, `fill_adapters` or a checkpoint their numbers.
 
     Raises:
         UserError: A pattern of ``method.targets`` matches no projection.

@@ -8,15 +8,19 @@ import contextlib
 import functools
 import gc
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from fastvideo import atomic, hashing, state
+from fastvideo.config.lora import targets
 from fastvideo.config.recipe import Recipe
+from fastvideo.config.train import Lora
 from fastvideo.cost import layout
+from fastvideo.cost.layers import Tokens
+from fastvideo.cost.transformer import layers
 from fastvideo.errors import Stopped, UserError
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
@@ -176,9 +180,18 @@ def _check_machine(recipe: Recipe, transformer: str, nodes: Nodes) -> None:
     check_optimizer(recipe.train.optimizer, device=recipe.train.device, offload=offload)
     check_trackers(recipe.train)
     config = read_config(find_model(recipe.model.path), f"{transformer}/config.json")
+    _check_targets(recipe, config)
     processes = _processes(recipe) * nodes.count
     if found := layout.problems(recipe, config, processes=processes):
         raise UserError("\n".join(found))
+
+
+def _check_targets(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Every pattern for adapters must match a projection of this model."""
+    method = recipe.train.method
+    if isinstance(method, Lora):
+        found = layers(config, recipe.model.family, Tokens(video=1, text=1))
+        targets(method, [linear.name for linear in found.linears])
 
 
 def _check_begun(recipe: Recipe, directory: TrainDir, about: dict[str, Any]) -> None:

@@ -146,9 +146,11 @@ def _tell(
 ) -> None:
     training, heldout = draws
     logger.info(
-        "%s: %.2f M parameters on %s, %d clips, %d held out, from step %d to %d",
+        "%s: %.2f M parameters, %.2f M of them train, on %s, %d clips, %d held out, from step %d "
+        "to %d",
         transformer,
         sum(p.numel() for p in saved.model.parameters()) / 1e6,
+        sum(p.numel() for p in saved.model.parameters() if p.requires_grad) / 1e6,
         pick_device(recipe.train.device),
         len(training.samples),
         len(heldout.samples),

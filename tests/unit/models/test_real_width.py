@@ -2,7 +2,7 @@
 """One block of real width of every released architecture: our forward is diffusers', in float32."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -110,6 +110,7 @@ def test_output_and_gradients_equal_diffusers(config: dict[str, Any]) -> None:
     output, gradients = run(lambda: ours(model, given), leaves)
     expected, expected_gradients = run(lambda: model(**given, return_dict=False)[0], leaves)
     assert (output - expected).norm() <= TOLERANCE * expected.norm()
+    bound = cache(lambda: rounding(model, given, leaves, expected_gradients))
     for name in leaves:
         difference = (gradients[name] - expected_gradients[name]).norm()
         if "token_refiner" in name and name.endswith("to_k.bias"):  # softmax does not see it
@@ -117,8 +118,27 @@ def test_output_and_gradients_equal_diffusers(config: dict[str, Any]) -> None:
             assert expected_gradients[name].norm() <= TOLERANCE * weight.norm()
             assert difference <= TOLERANCE * weight.norm()
         else:
-            assert expected_gradients[name].norm() > 0, name
-            assert difference <= TOLERANCE * expected_gradients[name].norm(), name
+            size = expected_gradients[name].norm()
+            assert size > 0, name
+            assert difference <= TOLERANCE * size or difference <= 2 * bound() * size, name
+
+
+def rounding(
+    model: nn.Module,
+    given: dict[str, Any],
+    leaves: dict[str, Tensor],
+    expected: dict[str, Tensor],
+) -> float:
+    """How far diffusers is from itself where products have twice the rows, on this processor."""
+    twice = {name: torch.cat([tensor, tensor]) for name, tensor in given.items()}
+    batch = len(given["hidden_states"])
+
+    def mean() -> Tensor:
+        both: Tensor = model(**twice, return_dict=False)[0]
+        return (both[:batch] + both[batch:]) / 2
+
+    _, found = run(mean, leaves)
+    return max(float((found[n] - expected[n]).norm() / expected[n].norm()) for n in leaves)
 
 
 def ours(model: nn.Module, given: dict[str, Any]) -> Tensor:
