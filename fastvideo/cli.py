@@ -35,6 +35,7 @@ VERBS = {
     "run": "preprocess, train, export and generate, skipping what is complete",
     "status": "show what is done and what is missing",
     "plan": "tell memory, work, time and disk of training before it starts, and what cannot work",
+    "lora": "extract, merge or convert LoRA files, without a recipe: fastvideo lora --help",
     "tiny": "write a tiny model of the recipe's architecture to model.path",
 }
 
@@ -46,8 +47,7 @@ with the state saved (run the same command again). Options of a recipe: docs/con
 
 def run(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
-    parser = _parser()
-    arguments = parser.parse_intermixed_args(argv) if argv else parser.parse_args(["--help"])
+    arguments = _parse(argv)
     log.setup()
     try:
         _listen(arguments.verb)
@@ -83,6 +83,16 @@ def run(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return EXIT_UNEXPECTED
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    if argv[:1] == ["lora"]:
+        from fastvideo.lora.arguments import parser
+
+        return parser().parse_args(argv[1:])
+    if not argv:
+        return _parser().parse_args(["--help"])
+    return _parser().parse_intermixed_args(argv)
 
 
 def _listen(verb: str) -> None:
@@ -138,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
+    if arguments.verb.startswith("lora"):
+        return _lora(arguments)
     _refuse_foreign_options(arguments)
     if arguments.verb == "run":
         return _run(arguments)
@@ -156,6 +168,17 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         print(json.dumps(result))
     has_problems = arguments.verb == "plan" and result["problems"]
     return EXIT_USER_ERROR if has_problems else EXIT_DONE
+
+
+def _lora(arguments: argparse.Namespace) -> int:
+    if arguments.verb == "lora":
+        raise UserError("has options of its own, which come after it: fastvideo lora --help")
+    from fastvideo.lora.arguments import dispatch
+
+    result = dispatch(arguments)
+    if arguments.json:
+        print(json.dumps(result))
+    return EXIT_DONE
 
 
 def _load(arguments: argparse.Namespace) -> "Recipe":

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints to a folder that diffusers loads as it is: a model, or the LoRA of one."""
 
-import json
-import os
-import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +9,11 @@ from fastvideo import atomic, hashing, model_card, state, trained
 from fastvideo.config.recipe import Recipe
 from fastvideo.config.train import Lora
 from fastvideo.errors import UserError
+from fastvideo.export_folder import copy_config, copy_parts, name_tokenizers, replacing_folder
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
 from fastvideo.models.folder import find_model
 from fastvideo.state import RunDir, checkpoint_marker
-
-WEIGHTS = (".safetensors", ".bin")
 
 
 def export(recipe: Recipe) -> dict[str, Any]:
@@ -42,6 +38,7 @@ def export(recipe: Recipe) -> dict[str, Any]:
             logger.warning("%s was not trained in this run and stays the base model's", folder)
     made_from = {
         "schema": state.SCHEMA_VERSION,
+        "method": recipe.train.method.kind,
         "checkpoints": {
             folder: hashing.file_sha256(checkpoint_marker(checkpoint))
             for folder, checkpoint in checkpoints.items()
@@ -90,25 +87,16 @@ def _write(
     card: str,
     made_from: Mapping[str, Any],
 ) -> None:
-    folder, marker = RunDir(recipe.run_dir).export, RunDir(recipe.run_dir).export_marker
-    temporary = atomic.temporary_name(folder)
-    atomic.sweep(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if isinstance(recipe.train.method, Lora):
-        _write_adapters(recipe, temporary, base=base, checkpoints=checkpoints)
-    else:
-        _write_model(recipe, temporary, base=base, checkpoints=checkpoints)
-    (temporary / model_card.NAME).write_text(card, encoding="utf-8")
-    # In the folder before it appears, so that it never vouches for another export.
-    atomic.write_json(temporary / marker.name, made_from, point="export.marker")
-    for path in temporary.rglob("*"):
-        atomic.sync(path)
-    # A complete export stays until the new one is: its marker goes first, then the folders swap.
-    marker.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    atomic.sync(folder.parent)
+    run_dir = RunDir(recipe.run_dir)
+    with replacing_folder(run_dir.export, marker=run_dir.export_marker) as temporary:
+        if isinstance(recipe.train.method, Lora):
+            _write_adapters(recipe, temporary, base=base, checkpoints=checkpoints)
+        else:
+            _write_model(recipe, temporary, base=base, checkpoints=checkpoints)
+        (temporary / model_card.NAME).write_text(card, encoding="utf-8")
+        # In the folder before it appears, so that it never vouches for another export.
+        marker = temporary / run_dir.export_marker.name
+        atomic.write_json(marker, made_from, point="export.marker")
 
 
 def _write_adapters(
@@ -125,7 +113,7 @@ def _write_model(
 ) -> None:
     # The base may be an export itself, with a card and a marker of its own.
     without = (*checkpoints, model_card.NAME, RunDir(recipe.run_dir).export_marker.name)
-    _copy(base, target, without=without, link=recipe.export.components == "link")
+    copy_parts(base, target, without=without, link=recipe.export.components == "link")
     for name, checkpoint in checkpoints.items():
         _write_transformer(recipe, target / name, base=base, checkpoint=checkpoint)
     name_tokenizers(target)
@@ -147,47 +135,4 @@ def _write_transformer(recipe: Recipe, target: Path, *, base: Path, checkpoint: 
         part="average" if recipe.export.ema else "model",
         max_bytes=int(recipe.export.max_shard_gib * 2**30),
     )
-    _copy_config(base / target.name, target)
-
-
-def name_tokenizers(folder: Path) -> None:
-    """Name the class that takes ``tokenizer.json`` as it is, in transformers 4 and 5.
-
-    The base model's names may have it rebuilt by other rules, see ``load_tokenizer``.
-    """
-    index_file = folder / "model_index.json"
-    index = json.loads(index_file.read_text(encoding="utf-8"))
-    for name in ("tokenizer", "tokenizer_2"):
-        if (folder / name / "tokenizer.json").is_file():
-            index[name] = ["transformers", "PreTrainedTokenizerFast"]
-    atomic.write_json(index_file, index, point="export.index")
-
-
-def _copy_config(base: Path, exported: Path) -> None:
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    atomic.write_json(exported / "config.json", config, point="export.config")
-
-
-def _copy(base: Path, target: Path, *, without: Collection[str], link: bool) -> None:
-    for source in hashing.files_below(base):
-        relative = source.relative_to(base)
-        if relative.parts[0] in without or _hidden(relative):
-            continue
-        destination = target / relative
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        # Only weights: nobody edits them in place, while a linked config would be the base's own.
-        _bring(source.resolve(), destination, link=link and source.suffix in WEIGHTS)
-
-
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
-
-
-def _bring(source: Path, destination: Path, *, link: bool) -> None:
-    if link:
-        try:
-            os.link(source, destination)
-            return
-        except OSError:  # another file system, or one without hard links
-            pass
-    shutil.copy2(source, destination)
+    copy_config(base / target.name, target)

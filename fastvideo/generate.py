@@ -5,20 +5,17 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvideo import atomic, hashing, trained
+from fastvideo import atomic, hashing, sampled
 from fastvideo.config.prompts import Prompt, load_prompts
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.first_image import first_image, prompt_to_encode
 from fastvideo.errors import UserError
 from fastvideo.log import Progress, logger
-from fastvideo.models.family import SamplerSettings, find_family, pick_device
-from fastvideo.models.folder import find_model
-from fastvideo.state import RunDir, checkpoint_marker
+from fastvideo.state import RunDir
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from diffusers import DiffusionPipeline
 
 
 def generate(recipe: Recipe) -> dict[str, Any]:
@@ -30,19 +27,19 @@ def generate(recipe: Recipe) -> dict[str, Any]:
         ``{"videos": [path, ...], "made": number sampled now}``.
 
     Raises:
-        UserError: No prompts, a size the model cannot make, or nothing exported yet.
+        UserError: No prompts, a size the model cannot make, nothing exported yet, or a LoRA that
+            does not fit.
     """
     run_dir = RunDir(recipe.run_dir)
     wanted = requests(recipe)
-    checkpoints = _checkpoints(recipe)
-    model = _model(recipe, run_dir, checkpoints)
+    model = sampled.find(recipe)
     folder = run_dir.generated(recipe.generate.weights)
-    pipeline = cache(lambda: _load(recipe, model["path"], checkpoints))
+    pipeline = cache(lambda: sampled.load(recipe, model))
     videos = [folder / f"{index:04d}.mp4" for index in range(len(wanted))]
     todo = [
         (video, about)
         for video, request in zip(videos, wanted, strict=True)
-        if not _made(video, about := {"model": model, **request})
+        if not _made(video, about := {"model": model.about, **request})
     ]
     progress = Progress("videos", total=len(todo))
     for video, about in todo:
@@ -59,13 +56,15 @@ def requests(recipe: Recipe) -> list[dict[str, Any]]:
     """Everything that decides each video beside the model; needs no torch.
 
     Raises:
-        UserError: No prompts, or one that this model cannot make.
+        UserError: No prompts, or one that this model cannot make, or a file that is no LoRA.
     """
     file = recipe.generate.prompts
     if file is None:
         raise UserError("generate.prompts: is missing; name a JSON file with prompts")
+    loras = sampled.about_loras(recipe)
     return [
         _request(recipe, prompt, index, origin=f"{file}: data[{index}]")
+        | ({"loras": loras} if loras else {})
         for index, prompt in enumerate(load_prompts(file))
     ]
 
@@ -124,61 +123,8 @@ def _request(recipe: Recipe, prompt: Prompt, index: int, *, origin: str) -> dict
     return request
 
 
-def _checkpoints(recipe: Recipe) -> dict[str, Path]:
-    """Those to sample instead of the base model's transformers."""
-    if recipe.generate.weights != "checkpoint":
-        return {}
-    return trained.newest(recipe, find_model(recipe.model.path))
-
-
-def _model(recipe: Recipe, run_dir: RunDir, checkpoints: dict[str, Path]) -> dict[str, Any]:
-    """The model's folder and what tells it from another one."""
-    base = find_model(recipe.model.path)
-    find_family(recipe).check(base)
-    if recipe.generate.weights == "base":
-        return {"path": recipe.model.path, "files": hashing.folder_stamp(base)}
-    if recipe.generate.weights == "checkpoint":
-        return {
-            "path": recipe.model.path,
-            "files": hashing.folder_stamp(base, without=tuple(checkpoints)),
-            "checkpoints": {
-                name: hashing.file_sha256(checkpoint_marker(path))
-                for name, path in checkpoints.items()
-            },
-        }
-    made_from = atomic.read_json(run_dir.export_marker)
-    if made_from is None:
-        raise UserError(f"{run_dir.export}: holds no complete export; run export first")
-    return {"path": str(run_dir.export), "made_from": made_from}
-
-
 def _made(video: Path, about: dict[str, Any]) -> bool:
     return video.is_file() and atomic.read_json(video.with_suffix(".json")) == about
-
-
-def _load(recipe: Recipe, path: str, checkpoints: dict[str, Path]) -> "DiffusionPipeline":
-    spec, family, folder = recipe.generate, find_family(recipe), find_model(path)
-    device = pick_device(spec.device)
-    if spec.offload != "none" and device == "cpu":
-        raise UserError(f"generate.offload={spec.offload}: is for a GPU; use none on the CPU")
-    settings = SamplerSettings(
-        dtype=spec.dtype,
-        device=device,
-        offload=spec.offload,
-        vae_tiling=spec.vae_tiling,
-        flow_shift=spec.flow_shift,
-    )
-    transformers = {}
-    for name, checkpoint in checkpoints.items():
-        from fastvideo.checkpoint import load_weights, verify
-        from fastvideo.models.weights import materialise
-
-        model: Any = family.empty_transformer(folder, folder=name, dtype=spec.dtype)
-        materialise(model, "cpu")
-        verify(checkpoint)
-        load_weights(checkpoint, model)
-        transformers[name] = model
-    return family.load_pipeline(folder, settings=settings, transformers=transformers)
 
 
 CALL_ARGUMENTS = (

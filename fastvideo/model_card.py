@@ -2,7 +2,7 @@
 """README.md of an exported model: what it is, how to load it, and from what it was made."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,38 @@ def text(recipe: Recipe, *, base: Path, pipeline: str, trained: Mapping[str, Tra
             *rows,
             "",
             *(line for name, training in trained.items() for line in _recipe(name, training)),
+        ]
+    )
+
+
+def merged_text(base: str, folder: Path, loras: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Write the card of a model that LoRAs were merged into.
+
+    Args:
+        base: The base model, as it was given.
+        folder: Where it is; its card's licence is carried over.
+        loras: By transformer, ``file``, ``scale`` and ``sha256`` of each.
+    """
+    head = {"library_name": "diffusers", "tags": ["lora", "fastvideo"], **_licence(folder)}
+    rows = [
+        f"| `{name}` | {Path(part['file']).name} | {part['scale']:g} | `{part['sha256']}` |"
+        for name, parts in loras.items()
+        for part in parts
+    ]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(head, sort_keys=False).rstrip(),
+            "---",
+            "",
+            f"# {Path(base).name} with LoRAs",
+            "",
+            f"The weights of {base} with these LoRAs added by fastvideo {__version__}:",
+            "",
+            "| transformer | LoRA | scale | SHA-256 |",
+            "|---|---|---|---|",
+            *rows,
+            "",
         ]
     )
 

@@ -14,6 +14,7 @@ from fastvideo.errors import UserError
 from fastvideo.hashing import fingerprint
 
 SCHEMA_VERSION = 2
+EXPORT_MARKER = "fastvideo.json"
 
 # ---------------------------------------------------------------- shards
 
@@ -229,7 +230,7 @@ class RunDir:
     @property
     def export_marker(self) -> Path:
         """Says what the export was made from, written last."""
-        return self.root / "export" / "fastvideo.json"
+        return self.export / EXPORT_MARKER
 
     def generated(self, weights: str) -> Path:
         """Videos sampled from the ``export``, the ``checkpoint`` or the ``base`` model."""

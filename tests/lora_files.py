@@ -2,9 +2,12 @@
 """Adapters of tiny models with random numbers, and what tests do with them."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastvideo.cost.layers import Tokens
@@ -77,3 +80,35 @@ def inject(transformer: Any, adapter: Adapter) -> None:
     transformer.add_adapter(config)
     report = set_peft_model_state_dict(transformer, dict(adapter.tensors), "default")
     assert not report.unexpected_keys, report.unexpected_keys
+
+
+def load(model: Model, folder: Path) -> Any:
+    """The pipeline of diffusers, without anything of ours."""
+    import diffusers
+
+    names = {
+        ("wan2.2-ti2v-5b", "i2v"): "WanImageToVideoPipeline",
+        ("hunyuan-video", "t2v"): "HunyuanVideoPipeline",
+    }
+    other = "WanImageToVideoPipeline" if model.task == "i2v" else "WanPipeline"
+    pipe = getattr(diffusers, names.get((model.family, model.task), other)).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe: Any, model: Model) -> Tensor:
+    """Latents, whose numbers no picture rounds; of both experts."""
+    given: dict[str, Any] = {"guidance_scale": 1.0, "num_inference_steps": 3}
+    if model.task == "i2v":
+        pixels = np.random.default_rng(0).integers(0, 255, (32, model.width, 3), np.uint8)
+        given["image"] = Image.fromarray(pixels)
+    latents: Tensor = pipe(
+        prompt="a red square",
+        num_frames=5,
+        height=32,
+        width=model.width,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(1),
+        **given,
+    ).frames
+    return latents

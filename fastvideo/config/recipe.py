@@ -181,6 +181,18 @@ class Export(Spec):
     """Write LoRA files for ComfyUI as well."""
 
 
+class LoraFile(Spec):
+    """A LoRA for sampling."""
+
+    path: File
+    """A file of diffusers, PEFT, ComfyUI or kohya, or a folder with
+    `pytorch_lora_weights.safetensors`, for Wan2.2 A14B `pytorch_lora_weights_2.safetensors` too."""
+    scale: float = 1.0
+    """What its effect is multiplied by, beside its own alpha / rank."""
+    transformer: Literal["transformer", "transformer_2"] | None = None
+    """What a file is for, where the model has two transformers and the name does not say it."""
+
+
 class Generate(Spec):
     """Sampling with the diffusers pipeline."""
 
@@ -188,6 +200,8 @@ class Generate(Spec):
     """JSON: upstream's `{"data": [{"caption": ...}]}` or a list of prompts."""
     weights: Literal["export", "checkpoint", "base"] = "export"
     """Sample the exported model, the newest checkpoint without an export, or the base model."""
+    loras: tuple[LoraFile, ...] = ()
+    """LoRAs that are added to these weights while sampling."""
     seed: NonNegativeInt = 0
     """Of the first prompt; prompt i takes seed + i."""
     num_inference_steps: PositiveInt = 50
@@ -293,10 +307,13 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _experts_exist(self) -> Self:
         experts = self.architecture.experts
-        chosen = {
+        chosen: dict[str, object] = {
             "train.expert": self.train.expert,
             "generate.guidance_scale_2": self.generate.guidance_scale_2,
         }
+        for index, lora in enumerate(self.generate.loras):
+            if lora.transformer == "transformer_2":
+                chosen[f"generate.loras[{index}].transformer"] = lora.transformer
         for key, value in chosen.items():
             if value is not None and not experts:
                 raise ValueError(

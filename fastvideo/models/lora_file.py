@@ -23,11 +23,6 @@ from fastvideo.models.lora_header import RANKS, Header, Size, read_header
 from fastvideo.models.lora_names import MLP_RATIO, SWAPPED, diffusers_names, own_name, split
 from fastvideo.models.lora_pair import Pair, fuse, swap_halves, unfuse
 
-NAMES = {
-    "transformer": "pytorch_lora_weights.safetensors",
-    "transformer_2": "pytorch_lora_weights_2.safetensors",
-}
-"""File of each transformer; the first is what diffusers looks for in a folder."""
 METADATA = "lora_adapter_metadata"
 """Entry of a file's metadata: JSON of PEFT's ``LoraConfig``, its keys with `PREFIX`."""
 PREFIX = "transformer."
@@ -100,10 +95,16 @@ def write_lora(path: Path, adapter: Adapter, *, about: Mapping[str, str] | None 
         adapter: On the host.
         about: Further texts for the metadata.
     """
-    tensors = {PREFIX + name: tensor for name, tensor in _with_biases(adapter).items()}
-    metadata = {**(about or {}), METADATA: json.dumps(_peft_config(adapter), sort_keys=True)}
+    tensors, config = for_diffusers(adapter)
+    metadata = {**(about or {}), METADATA: json.dumps(config, sort_keys=True)}
     with atomic.replacing(path, point="lora") as temporary:
         write_tensors(temporary, tensors, metadata=metadata)
+
+
+def for_diffusers(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata as ``load_lora_into_transformer`` of diffusers' pipelines takes them."""
+    tensors = {PREFIX + name: tensor for name, tensor in _with_biases(adapter).items()}
+    return tensors, _peft_config(adapter)
 
 
 def write_comfyui(

@@ -33,6 +33,14 @@ class Pair:
         """What the product is multiplied by."""
         return self.alpha / self.rank
 
+    def change(self, kind: str) -> Tensor | None:
+        """What is added to the projection's ``weight``, (O, I), or ``bias``, (O,); float32."""
+        if kind == "weight":
+            return self.up.flatten(1).float() @ self.down.flatten(1).float() * self.scale
+        if kind == "bias" and self.bias is not None:
+            return self.bias.float() * self.scale
+        return None
+
 
 def fuse(parts: Sequence[Pair | None], outputs: Sequence[int]) -> tuple[Pair, list[int]]:
     """Make one adapter of those of projections that share their input; None is one without.

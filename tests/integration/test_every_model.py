@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from fastvideo import generate as sampling
+from fastvideo import sampled
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.export import export
@@ -30,6 +30,7 @@ from tests.tiny_world import in_fork, write_clip, write_prompts
 
 RECIPES = Path(__file__).parents[2] / "configs/recipes"
 TWINS = sorted(path.stem for path in RECIPES.glob("tiny_*_full.yaml"))
+LORAS = sorted(path.stem for path in RECIPES.glob("tiny_*_lora.yaml"))
 
 FRESH = """
 import json, sys, traceback
@@ -160,8 +161,7 @@ def sample_here(job: Job, *, weights: str) -> npt.NDArray[np.float32]:
     from PIL import Image
 
     recipe = job.load(f"generate.weights={weights}")
-    checkpoints = sampling._checkpoints(recipe)
-    pipeline: Any = sampling._load(recipe, recipe.model.path, checkpoints)
+    pipeline: Any = sampled.load(recipe, sampled.find(recipe))
     image = {"image": Image.open(job.image)} if recipe.model.task == "i2v" else {}
     made = pipeline(
         **job.call, **image, generator=torch.Generator().manual_seed(5), output_type="np"

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from fastvideo import generate as sampling
+from fastvideo import sampled
 from fastvideo.export import export
 from fastvideo.generate import generate
 from fastvideo.models.family import SamplerSettings, find_family
@@ -43,7 +44,7 @@ def world(tmp_path: Path, tiny_model: Path) -> World:
 def test_another_setting_samples_anew(
     world: World, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "_load", lambda *_: None)
+    monkeypatch.setattr(sampled, "load", lambda *_: None)
     monkeypatch.setattr(sampling, "_sample", lambda *_: np.zeros((9, 32, 48, 3), np.uint8))
     recipe = world.load("generate.weights=base")
     assert generate(recipe)["made"] == 2
@@ -54,7 +55,7 @@ def test_another_setting_samples_anew(
 def test_settings_of_the_recipe_reach_the_pipeline(world: World) -> None:
     def load(*overrides: str) -> Any:
         recipe = world.load("generate.weights=base", *overrides)
-        return sampling._load(recipe, recipe.model.path, {})
+        return sampled.load(recipe, sampled.find(recipe))
 
     plain = load()
     changed = load("generate.vae_tiling=true", "generate.flow_shift=9")

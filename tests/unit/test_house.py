@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "diffusers", "transformers", "peft", "pyarrow", "av", "numpy"}
 # Below fastvideo/, from docs/design.md; the linter refuses names that do not exist yet.
@@ -29,8 +31,9 @@ CATCH_ALL = re.compile(r"(utils?|common|helpers?|misc|base_\w*|\w*_v\d+|\w*_new)
 PRIVATE_PATH = re.compile(rb"(?<![\w.])/(home|work|root|Users)/\w")
 
 
-def test_help_imports_nothing_heavy() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "fastvideo", "--help"]
+@pytest.mark.parametrize("verb", [[], ["lora"], ["lora", "merge"]])
+def test_help_imports_nothing_heavy(verb: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "fastvideo", *verb, "--help"]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "usage: fastvideo" in done.stdout

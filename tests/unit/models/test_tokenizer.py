@@ -9,7 +9,7 @@ from diffusers import HunyuanVideoPipeline
 from tokenizers import Tokenizer
 
 from fastvideo.config.recipe import Model
-from fastvideo.export import name_tokenizers
+from fastvideo.export_folder import name_tokenizers
 from fastvideo.models.family import SamplerSettings
 from fastvideo.models.hunyuan import HunyuanVideo
 from fastvideo.models.parts import load_tokenizer
