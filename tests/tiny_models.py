@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformers of tiny models and what training gives them, without files and pipelines."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from torch import Tensor, nn
 
+from fastvideo.config.train import Full, Lora, Train
 from fastvideo.cost.layers import Tokens
+from fastvideo.cost.transformer import FULL
+from fastvideo.models import hunyuan_forward, wan_forward, weights
+from fastvideo.models.execution import Execution, Recompute
 from fastvideo.models.tiny_configs import TRANSFORMERS
-from tests.tiny_world import Pair
+from fastvideo.train.method import build_method
+from tests.tiny_world import PAIRS, Pair
+
+ARCHITECTURES = list({str(TRANSFORMERS[p.family, p.task]): p for p in reversed(PAIRS)}.values())
+"""One twin of each configuration."""
 
 
 def build(pair: Pair) -> nn.Module:
@@ -49,3 +60,45 @@ def tokens(pair: Pair, shape: tuple[int, ...]) -> Tokens:
         runs=frames if "ti2v" in pair.family else 1,
         batch=batch,
     )
+
+
+def functions(pair: Pair) -> Any:
+    """The module with our forward."""
+    return hunyuan_forward if pair.family == "hunyuan-video" else wan_forward
+
+
+def attached(
+    pair: Pair,
+    policy: Recompute = "none",
+    *,
+    method: Full | Lora = FULL,
+    dtype: str = "float32",
+) -> nn.Module:
+    """A transformer with our forward, prepared as training does with ``method``."""
+    model = build(pair)
+    if method != FULL:
+        _prepare(model, Train.model_validate({"method": method, "dtype": dtype}))
+    functions(pair).attach(model, Execution(recompute=policy))
+    return model
+
+
+def _prepare(model: nn.Module, train: Train) -> None:
+    """Let train what does, with numbers as after a while, for micro-batches of two."""
+    method = build_method(train)
+    method.prepare(model)
+    weights.materialise(model, "cpu")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    method.draw(model, (0, 1), device="cpu")
+
+
+def forward(pair: Pair, model: nn.Module, shape: tuple[int, ...], dtype: str) -> Callable[[], Any]:
+    """A forward pass whose inputs nobody else holds."""
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            out: Tensor = model(**inputs(pair, shape))
+        return out
+
+    return run

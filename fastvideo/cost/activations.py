@@ -2,16 +2,16 @@
 """Bytes that wait on a GPU for the backward pass of one micro-batch."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from fastvideo.cost.hunyuan_saved import HunyuanSaved
+from fastvideo.config.train import Full, Lora
 from fastvideo.cost.layers import Tokens
-from fastvideo.cost.tape import Tape, Value
-from fastvideo.cost.transformer import is_hunyuan
-from fastvideo.cost.wan_saved import WanSaved
+from fastvideo.cost.tape import Tape
+from fastvideo.cost.transformer import FULL, layers
+from fastvideo.cost.walk import Parts, has_gradient, memory_of, parts_of
 
 Policy = Literal["none", "selective", "full"]
 """``train.activation_checkpointing``."""
@@ -34,25 +34,21 @@ class Saved:
         return self.forward + self.block
 
 
-class _Parts(Protocol):
-    """The forward pass of a family, on a tape; streams are its own affair."""
-
-    @property
-    def blocks(self) -> list[str]: ...
-
-    def entry(self, tape: Tape) -> tuple[Any, Any]: ...
-
-    def block(self, tape: Tape, kind: str, x: Any, condition: Any) -> Any: ...
-
-    def leave(self, tape: Tape, x: Any) -> None: ...
-
-
 @dataclass(frozen=True)
-class Kernels:
-    """In which dtype is computed, and whether by the rules of GPUs or of CPUs (`Tape`)."""
+class Computation:
+    """How a forward pass is computed, as far as it matters for what is kept.
+
+    ``gpu`` is whether by the rules of GPUs or of CPUs (`Tape`), ``sequence`` how many processes
+    share a sample.
+    """
 
     dtype: str = "bfloat16"
     gpu: bool = True
+    policy: Policy = "none"
+    sequence: int = 1
+
+
+AS_IT_IS = Computation()
 
 
 def saved(
@@ -60,59 +56,55 @@ def saved(
     family: str,
     tokens: Tokens,
     *,
-    policy: Policy = "none",
-    sequence: int = 1,
-    kernels: Kernels = Kernels(),
+    method: Full | Lora = FULL,
+    how: Computation = AS_IT_IS,
 ) -> Saved:
     """Count what autograd keeps of a forward pass of ``tokens``.
 
     Attention counts as flash attention and its kin: queries, keys, values, output and the
-    log-sum-exp of each query, never the scores. With ``sequence`` processes to a sample, the one
-    with the most tokens is meant. Compiled blocks keep less.
+    log-sum-exp of each query, never the scores. Of processes that share a sample, the one with the
+    most tokens is meant. Compiled blocks keep less.
     """
     # Searches for a layout that fits ask again and again.
-    return _saved(json.dumps(config), family, tokens, policy, sequence, kernels)
+    return _saved(json.dumps(config), family, tokens, method, how)
 
 
 @lru_cache(maxsize=512)
-def _saved(
-    config: str, family: str, tokens: Tokens, policy: Policy, sequence: int, kernels: Kernels
-) -> Saved:
-    build = HunyuanSaved if is_hunyuan(family) else WanSaved
-    parts: _Parts = build(json.loads(config), tokens, shared=sequence)
-    if policy == "none":
-        return _all_kept(parts, Tape(dtype=kernels.dtype, gpu=kernels.gpu))
-    return _computed_again(parts, policy, kernels)
+def _saved(text: str, family: str, tokens: Tokens, method: Full | Lora, how: Computation) -> Saved:
+    config = json.loads(text)
+    found = layers(config, family, tokens, method=method)
+    tape = Tape(found, batch=tokens.batch, dtype=how.dtype, gpu=how.gpu)
+    parts = parts_of(config, family, tokens, shared=how.sequence)
+    if how.policy == "none":
+        return _all_kept(parts, found.blocks, tape)
+    return _computed_again(parts, found.blocks, tape, how.policy)
 
 
-def _all_kept(parts: _Parts, tape: Tape) -> Saved:
+def _all_kept(parts: Parts, blocks: Sequence[str], tape: Tape) -> Saved:
     x, condition = parts.entry(tape)
-    for kind in parts.blocks:
-        x = parts.block(tape, kind, x, condition)
-    parts.leave(tape, x)
+    for name in blocks:
+        x = parts.block(tape, name, x, condition)
+    parts.leave(tape, x, condition)
     return Saved(tape.bytes, 0)
 
 
-def _computed_again(parts: _Parts, policy: Policy, kernels: Kernels) -> Saved:
-    """Of each block only the inputs stay, and with ``selective`` what attention gave."""
-    tape = Tape(dtype=kernels.dtype, gpu=kernels.gpu)
+def _computed_again(parts: Parts, blocks: Sequence[str], tape: Tape, policy: Policy) -> Saved:
+    """Of each block only the inputs stay, and with ``selective`` what attention gave.
+
+    Blocks before the first that trains keep nothing.
+    """
     x, condition = parts.entry(tape)
-    tape.keep(*condition.values)
     largest = 0
-    for kind in parts.blocks:
-        again = Tape(dtype=kernels.dtype, gpu=kernels.gpu)
-        inputs = list(_memory(x))
-        tape.keep(*inputs)
-        x = parts.block(again, kind, x, condition)
-        known = [*inputs, *condition.values]
+    for name in blocks:
+        again = tape.fresh()
+        known = [*memory_of(x), *condition.values]
+        x = parts.block(again, name, x, condition)
+        if not has_gradient(x):
+            continue
+        tape.keep(*known)
         if policy == "selective":
             tape.keep(*again.attended)
             known += again.attended
         largest = max(largest, again.without(known))
-    parts.leave(tape, x)
+    parts.leave(tape, x, condition)
     return Saved(tape.bytes, largest)
-
-
-def _memory(x: Any) -> Iterator[Value]:
-    """Where the tokens between two blocks lie."""
-    yield from ([x] if isinstance(x, Value) else x.values)

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastvideo.config.recipe import Recipe
-from fastvideo.cost.layers import Tokens
-from fastvideo.cost.memory import FLOAT32, optimizer_bytes, parameters_of
-from fastvideo.cost.transformer import is_hunyuan, latent_shape, layers, parameters, tokens_of
+from fastvideo.cost.memory import parameter_counts, state_of
+from fastvideo.cost.transformer import is_hunyuan, latent_shape, tokens_of, trained_parameters
 
 CAPTION_TOKENS = 128
 """Assumed length of a caption; text is stored without padding."""
@@ -16,12 +15,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def checkpoint_bytes(recipe: Recipe, config: Mapping[str, Any]) -> int:
-    """One checkpoint of one transformer: float32 weights and the optimizer's running means."""
-    found = layers(config, recipe.model.family, Tokens(video=1, text=1))
-    return sum(
-        FLOAT32 * parameter.held(1) + optimizer_bytes(parameter, recipe.train, shard=1)
-        for parameter in parameters_of(found, recipe.train, spread=False)
-    )
+    """One checkpoint of one transformer: what trains, its running means and its average."""
+    parameters = parameter_counts(recipe, config, spread=False)
+    return state_of(parameters, recipe.train, shard=1).saved
 
 
 def checkpoint_count(recipe: Recipe) -> int:
@@ -39,8 +35,11 @@ def checkpoint_count(recipe: Recipe) -> int:
 
 
 def export_bytes(recipe: Recipe, config: Mapping[str, Any]) -> int:
-    """The weights of one transformer in ``export.dtype``; the other parts are links or copies."""
-    return BYTES[recipe.export.dtype] * parameters(config, recipe.model.family)
+    """What was trained of one transformer in ``export.dtype``: all its weights, or a LoRA file.
+
+    The other parts of a model are links or copies.
+    """
+    return BYTES[recipe.export.dtype] * trained_parameters(recipe, config)
 
 
 def sample_bytes(recipe: Recipe, config: Mapping[str, Any]) -> int:

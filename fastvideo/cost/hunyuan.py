@@ -19,16 +19,18 @@ def layers(config: Mapping[str, Any], tokens: Tokens) -> Layers:
     wide, joint = width(config), tokens.video + tokens.text
     linears = [*_ends(config, tokens), *_refiner(config, tokens)]
     tables = dict(_refiner_tables(config))
-    refining = Attention(tokens.text, tokens.text, wide, in_block=False)
-    attentions = [refining] * config["num_refiner_layers"]
+    attentions = [
+        Attention(f"{block}.attn", tokens.text, tokens.text, wide)
+        for block in refiner_blocks(config)
+    ]
     for block in double:
         linears += _double(config, tokens, block)
         tables |= {f"{block}.attn.{name}.weight": head(config) for name in _NORMS + _ADDED_NORMS}
-        attentions.append(Attention(joint, joint, wide))
+        attentions.append(Attention(f"{block}.attn", joint, joint, wide))
     for block in single:
         linears += _single(config, joint, block)
         tables |= {f"{block}.attn.{name}.weight": head(config) for name in _NORMS}
-        attentions.append(Attention(joint, joint, wide))
+        attentions.append(Attention(f"{block}.attn", joint, joint, wide))
     return Layers(tuple(linears), tables, tuple(attentions), (*double, *single))
 
 
@@ -47,6 +49,12 @@ def hidden(config: Mapping[str, Any]) -> int:
     return int(width(config) * config.get("mlp_ratio", 4.0))
 
 
+def refiner_blocks(config: Mapping[str, Any]) -> list[str]:
+    """Prefixes of the blocks that only the text goes through."""
+    prefix = "context_embedder.token_refiner.refiner_blocks"
+    return [f"{prefix}.{index}" for index in range(config["num_refiner_layers"])]
+
+
 _NORMS = ("norm_q", "norm_k")
 _ADDED_NORMS = ("norm_added_q", "norm_added_k")
 
@@ -56,12 +64,13 @@ def _ends(config: Mapping[str, Any], tokens: Tokens) -> Iterator[Linear]:
     wide = width(config)
     patch = config.get("patch_size", 2) ** 2 * config.get("patch_size_t", 1)
     outputs = (config.get("out_channels") or config["in_channels"]) * patch
-    yield Linear("x_embedder.proj", config["in_channels"] * patch, wide, tokens.video)
+    channels = config["in_channels"] * patch
+    yield Linear("x_embedder.proj", channels, wide, tokens.video, convolution=True)
     embedders = ["timestep_embedder"]
     if config.get("guidance_embeds"):
         embedders.append("guidance_embedder")
     for name in embedders:
-        yield from _embedder(f"time_text_embed.{name}", TIME_DIM, wide)
+        yield from _embedder(f"time_text_embed.{name}", TIME_DIM, wide, exact=True)
     pooled = config["pooled_projection_dim"]
     yield from _embedder("time_text_embed.text_embedder", pooled, wide)
     yield Linear("norm_out.linear", wide, 2 * wide, 1)
@@ -69,13 +78,13 @@ def _ends(config: Mapping[str, Any], tokens: Tokens) -> Iterator[Linear]:
 
 
 def _refiner(config: Mapping[str, Any], tokens: Tokens) -> Iterator[Linear]:
-    """The blocks that only the text goes through."""
+    """What only the text goes through."""
     wide, text = width(config), config["text_embed_dim"]
-    yield from _embedder("context_embedder.time_text_embed.timestep_embedder", TIME_DIM, wide)
-    yield from _embedder("context_embedder.time_text_embed.text_embedder", text, wide)
+    embed = "context_embedder.time_text_embed"
+    yield from _embedder(f"{embed}.timestep_embedder", TIME_DIM, wide, exact=True)
+    yield from _embedder(f"{embed}.text_embedder", text, wide)
     yield Linear("context_embedder.proj_in", text, wide, tokens.text)
-    for index in range(config["num_refiner_layers"]):
-        block = f"context_embedder.token_refiner.refiner_blocks.{index}"
+    for block in refiner_blocks(config):
         for name in ("to_q", "to_k", "to_v", "to_out.0"):
             yield Linear(f"{block}.attn.{name}", wide, wide, tokens.text)
         yield from _feed_forward(wide, REFINER_RATIO * wide, f"{block}.ff", tokens.text)
@@ -83,8 +92,7 @@ def _refiner(config: Mapping[str, Any], tokens: Tokens) -> Iterator[Linear]:
 
 
 def _refiner_tables(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    for index in range(config["num_refiner_layers"]):
-        block = f"context_embedder.token_refiner.refiner_blocks.{index}"
+    for block in refiner_blocks(config):
         for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
             yield f"{block}.{name}", width(config)
 
@@ -111,9 +119,9 @@ def _single(config: Mapping[str, Any], joint: int, block: str) -> Iterator[Linea
     yield Linear(f"{block}.proj_out", wide + hidden(config), wide, joint)
 
 
-def _embedder(name: str, inputs: int, wide: int) -> Iterator[Linear]:
-    yield Linear(f"{name}.linear_1", inputs, wide, 1)
-    yield Linear(f"{name}.linear_2", wide, wide, 1)
+def _embedder(name: str, inputs: int, wide: int, *, exact: bool = False) -> Iterator[Linear]:
+    yield Linear(f"{name}.linear_1", inputs, wide, 1, exact=exact)
+    yield Linear(f"{name}.linear_2", wide, wide, 1, exact=exact)
 
 
 def _feed_forward(wide: int, inner: int, name: str, rows: int) -> Iterator[Linear]:

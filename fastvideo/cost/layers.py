@@ -2,7 +2,7 @@
 """What a transformer is made of, as far as its size and its work depend on it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,18 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix product with bias, or a convolution that is one, over ``rows`` vectors a sample."""
+    """A matrix product, or a convolution that is one, over ``rows`` vectors a sample.
+
+    ``exact`` are those that embed timesteps: they compute in float32, whatever autocast says.
+    """
 
     name: str
     inputs: int
     outputs: int
     rows: int
+    exact: bool = False
+    convolution: bool = False
+    bias: bool = True
 
     @property
     def flops(self) -> int:
@@ -36,15 +42,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Attention:
-    """Softmax attention of one sample; ``width`` is heads times head dimension.
+    """Softmax attention of one sample; ``width`` is heads times head dimension."""
 
-    ``in_block`` is False outside of the repeated blocks.
-    """
-
+    name: str
     queries: int
     keys: int
     width: int
-    in_block: bool = True
 
     @property
     def flops(self) -> int:
@@ -57,13 +60,27 @@ class Layers:
     """A transformer, by the names of diffusers.
 
     ``tables`` are the parameters outside of matrices: weights and biases of norms, modulations.
-    ``blocks`` are the prefixes of the repeated blocks, in order.
+    ``blocks`` are the prefixes of the repeated blocks, in order. ``frozen`` are the names of
+    linears and tables that do not train. An adapter of a linear is two more, see
+    `fastvideo.cost.adapters`; with ``dropout`` it gets a copy of the inputs with some left out.
     """
 
     linears: tuple[Linear, ...]
     tables: Mapping[str, int]
     attentions: tuple[Attention, ...]
     blocks: tuple[str, ...]
+    frozen: frozenset[str] = frozenset()
+    dropout: bool = False
+
+    @property
+    def trained(self) -> "Layers":
+        """The part that trains."""
+        return replace(
+            self,
+            linears=tuple(linear for linear in self.linears if linear.name not in self.frozen),
+            tables={name: n for name, n in self.tables.items() if name not in self.frozen},
+            frozen=frozenset(),
+        )
 
     def sizes(self) -> dict[str, int]:
         """Numbers in each parameter."""
@@ -73,13 +90,18 @@ class Layers:
         """Parameters of each repeated block."""
         sizes = dict.fromkeys(self.blocks, 0)
         for name, size in self._sizes():
-            block = ".".join(name.split(".", 2)[:2])
-            if block in sizes:
+            if (block := block_of(name)) in sizes:
                 sizes[block] += size
         return list(sizes.values())
 
     def _sizes(self) -> Iterator[tuple[str, int]]:
         for linear in self.linears:
             yield f"{linear.name}.weight", linear.inputs * linear.outputs
-            yield f"{linear.name}.bias", linear.outputs
+            if linear.bias:
+                yield f"{linear.name}.bias", linear.outputs
         yield from self.tables.items()
+
+
+def block_of(name: str) -> str:
+    """The block that something belongs to, if ``Layers.blocks`` has it."""
+    return ".".join(name.split(".", 2)[:2])

@@ -6,21 +6,23 @@ micro-batches or are DDP's buckets; elsewhere the truth is less, for gradients g
 activations go.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from fastvideo.config.recipe import Recipe
-from fastvideo.config.train import Train
-from fastvideo.cost.activations import Kernels, Saved, saved
-from fastvideo.cost.layers import Layers, Tokens
-from fastvideo.cost.transformer import layers, tokens_of
+from fastvideo.config.train import Full, Lora, Train
+from fastvideo.cost.activations import Computation, Saved, saved
+from fastvideo.cost.layers import Layers, Linear, Tokens, block_of
+from fastvideo.cost.transformer import ONE, layers, tokens_of, trained_layers
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2
-"""Bytes of a number; weights, gradients and running means are float32."""
+"""Bytes of a number; what trains is float32, with its gradients, running means and average."""
 OVERHEAD_GIB = 1.5
 """What is there before the first tensor, and gaps: CUDA's context with its kernels, workspaces of
 cuBLAS and cuDNN, NCCL's buffers. A judgement; it differs by driver and by 1 GiB."""
@@ -34,15 +36,16 @@ CODE_TABLE_BYTES = 256 * FLOAT32
 class Memory:
     """Bytes of one GPU by part, and of the host for its process.
 
-    ``weights`` are the float32 masters and the copies that are computed with; ``workspace`` what
-    comes and goes within a block, gathered weights among it, and what the libraries take. ``host``
-    is what waits there beside Python itself; ``staged`` the part of it that copies of asynchronous
-    checkpoints take while they are written.
+    ``weights`` are the masters, float32 where they train, and the copies that are computed with;
+    ``average`` is ``train.ema``; ``workspace`` what comes and goes within a block, gathered weights
+    among it, and what the libraries take. ``host`` is what waits there beside Python itself;
+    ``staged`` the part of it that copies of asynchronous checkpoints take while they are written.
     """
 
     weights: int
     gradients: int
     optimizer: int
+    average: int
     activations: int
     workspace: int
     host: int = 0
@@ -62,16 +65,50 @@ class Memory:
 
 @dataclass(frozen=True)
 class Parameter:
-    """Weights of one name, as they are dealt out: by whole rows."""
+    """Weights of one name, as they are dealt out: by whole rows; ``size`` bytes a number."""
 
     rows: int
     row: int
     is_matrix: bool
     spread: bool
+    trains: bool = True
+    size: int = FLOAT32
 
     def held(self, shard: int) -> int:
         """Numbers that the first of ``shard`` processes holds."""
         return self.row * (math.ceil(self.rows / shard) if self.spread else self.rows)
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes that stay from step to step; all but ``weights`` only of what trains."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.average
+
+    @property
+    def saved(self) -> int:
+        """What a checkpoint holds; trained weights are as large as their gradients."""
+        return self.gradients + self.optimizer + self.average
+
+
+def state_of(parameters: Mapping[Parameter, int], train: Train, *, shard: int) -> State:
+    """Add up the first of ``shard`` processes; ``parameters`` by how many of each there are."""
+    trained = {p: count for p, count in parameters.items() if p.trains}
+    numbers = sum(count * p.held(shard) for p, count in trained.items())
+    return State(
+        weights=sum(count * p.size * p.held(shard) for p, count in parameters.items()),
+        gradients=FLOAT32 * numbers,
+        optimizer=sum(c * optimizer_bytes(p, train, shard=shard) for p, c in trained.items()),
+        average=FLOAT32 * numbers if train.ema else 0,
+    )
 
 
 def memory(recipe: Recipe, config: Mapping[str, Any], *, processes: int, shard: int) -> Memory:
@@ -81,25 +118,23 @@ def memory(recipe: Recipe, config: Mapping[str, Any], *, processes: int, shard: 
     """
     parallel, train = recipe.parallel, recipe.train
     tokens = tokens_of(recipe, config, batch=micro_batch(recipe, processes=processes))
-    found = layers(config, recipe.model.family, tokens)
+    found = trained_layers(recipe, config, tokens)
     spread = shard > 1 or parallel.cpu_offload
-    kept = Counter(parameters_of(found, train, spread=spread))  # blocks repeat
-    numbers = sum(count * p.held(shard) for p, count in kept.items())
-    moments = sum(count * optimizer_bytes(p, train, shard=shard) for p, count in kept.items())
-    state = [FLOAT32 * numbers, FLOAT32 * numbers, moments]
+    kept = parameter_counts(recipe, config, spread=spread)
+    state = state_of(kept, train, shard=shard)
     # Equal copies of the weights share the writing, see fastvideo.checkpoint.
-    copies = processes // shard
-    staged = (FLOAT32 * numbers + moments) // copies if saves_beside(train) else 0
+    staged = state.saved * shard // processes if saves_beside(train) else 0
     host = staged
     if parallel.cpu_offload:
-        plain = FLOAT32 * sum(n * p.held(shard) for p, n in kept.items() if not p.spread)
-        host += sum(state) - 4 * plain
-        state = [plain, plain, 2 * plain]
+        plain = state_of({p: n for p, n in kept.items() if not p.spread}, train, shard=shard)
+        host += state.total - plain.total
+        state = plain
     waiting = activations(recipe, config, tokens)
     return Memory(
-        weights=state[0] + _copies(found, train, waiting, spread=spread),
-        gradients=state[1],
-        optimizer=state[2],
+        weights=state.weights + _copies(found, train, waiting, spread=spread),
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        average=state.average,
         activations=waiting.peak,
         workspace=_workspace(recipe, found, tokens, spread=spread),
         host=host,
@@ -129,22 +164,49 @@ def activations(recipe: Recipe, config: Mapping[str, Any], tokens: Tokens) -> Sa
         config,
         recipe.model.family,
         tokens,
-        policy=train.activation_checkpointing,
-        sequence=recipe.parallel.sequence,
-        kernels=Kernels(train.dtype, gpu=train.device != "cpu"),
+        method=train.method,
+        how=Computation(
+            train.dtype,
+            gpu=train.device != "cpu",
+            policy=train.activation_checkpointing,
+            sequence=recipe.parallel.sequence,
+        ),
     )
 
 
-def parameters_of(found: Layers, train: Train, *, spread: bool) -> Iterator[Parameter]:
-    """Every parameter; those outside of matrices stay whole where bfloat16 is gathered."""
+def parameter_counts(
+    recipe: Recipe, config: Mapping[str, Any], *, spread: bool
+) -> Mapping[Parameter, int]:
+    """Every parameter and how many there are of it, for blocks repeat."""
+    family, train = recipe.model.family, recipe.train
+    return _counts(json.dumps(config), family, train.method, train.dtype, spread)
+
+
+@lru_cache(maxsize=16)
+def _counts(
+    config: str, family: str, method: Full | Lora, dtype: str, spread: bool
+) -> Mapping[Parameter, int]:
+    found = layers(json.loads(config), family, ONE, method=method)
+    return Counter(parameters_of(found, dtype=dtype, spread=spread))
+
+
+def parameters_of(found: Layers, *, dtype: str, spread: bool) -> Iterator[Parameter]:
+    """Every parameter, where ``dtype`` is that of the computation.
+
+    In bfloat16 frozen matrices are held as they are computed with, and those outside of matrices
+    stay whole where the others are spread.
+    """
+    mixed = dtype != "float32"
     for linear in found.linears:
-        yield Parameter(linear.outputs, linear.inputs, is_matrix=True, spread=spread)
-        yield Parameter(linear.outputs, 1, is_matrix=False, spread=spread)
-    for name, size in found.tables.items():
-        is_matrix = name.endswith("scale_shift_table")
-        rows, row = (1, size) if is_matrix else (size, 1)
-        whole = train.dtype != "float32"
-        yield Parameter(rows, row, is_matrix=is_matrix, spread=spread and not whole)
+        trains = linear.name not in found.frozen
+        size = BFLOAT16 if mixed and not trains and not linear.exact else FLOAT32
+        yield Parameter(linear.outputs, linear.inputs, True, spread, trains, size)
+        if linear.bias:
+            yield Parameter(linear.outputs, 1, False, spread, trains, size)
+    for name, numbers in found.tables.items():
+        is_matrix, trains = name.endswith("scale_shift_table"), name not in found.frozen
+        rows, row = (1, numbers) if is_matrix else (numbers, 1)
+        yield Parameter(rows, row, is_matrix, spread and not mixed, trains)
 
 
 def optimizer_bytes(parameter: Parameter, train: Train, *, shard: int) -> int:
@@ -164,23 +226,27 @@ def optimizer_bytes(parameter: Parameter, train: Train, *, shard: int) -> int:
 
 
 def _copies(found: Layers, train: Train, waiting: Saved, *, spread: bool) -> int:
-    """What matrices are computed with, beside the float32 masters.
+    """What matrices are computed with, beside the masters.
 
     Spread weights are gathered: those of the blocks one after the other (`_workspace`), the others
-    for good. Autocast casts whole ones, each once, until the forward pass is over; blocks that are
-    computed again have theirs cast again, one at a time.
+    for good. Autocast casts whole ones that train, each once, until the forward pass is over;
+    blocks that are computed again have theirs cast again, one at a time.
     """
     size = FLOAT32 if train.dtype == "float32" else BFLOAT16
-    sizes = {f"{linear.name}.": linear.inputs * linear.outputs for linear in found.linears}
-    prefixes = tuple(f"{block}." for block in found.blocks)
     if spread:
-        return size * sum(n for name, n in sizes.items() if not name.startswith(prefixes))
+        return size * sum(
+            _numbers(li) for li in found.linears if block_of(li.name) not in found.blocks
+        )
     if train.dtype == "float32":
         return 0
-    everything = BFLOAT16 * sum(sizes.values())
+    everything = BFLOAT16 * sum(map(_numbers, found.trained.linears))
     if train.activation_checkpointing == "none":
         return everything
-    return max(everything - waiting.block, BFLOAT16 * max(found.block_sizes()))
+    return max(everything - waiting.block, BFLOAT16 * max(found.trained.block_sizes()))
+
+
+def _numbers(linear: Linear) -> int:
+    return linear.inputs * linear.outputs
 
 
 def _workspace(recipe: Recipe, found: Layers, tokens: Tokens, *, spread: bool) -> int:
@@ -196,9 +262,10 @@ def _workspace(recipe: Recipe, found: Layers, tokens: Tokens, *, spread: bool) -
     widest = max(found.linears, key=lambda linear: linear.outputs * linear.rows)
     narrow = min(widest.inputs, widest.outputs)
     passing = rows * (3 * FLOAT32 * narrow + 2 * size * widest.outputs)
-    largest = max(linear.inputs * linear.outputs for linear in found.linears)
-    passing += largest * (FLOAT32 + size)
+    trained = found.trained
+    passing += max(map(_numbers, trained.linears)) * (FLOAT32 + size)
     if spread:
         summed = FLOAT32 if recipe.parallel.reduce_dtype == "float32" else BFLOAT16
-        passing += max(found.block_sizes()) * (3 * size + size + summed)
+        passing += max(found.block_sizes()) * 3 * size
+        passing += max(trained.block_sizes()) * (size + summed)
     return passing + round(OVERHEAD_GIB * GIB)

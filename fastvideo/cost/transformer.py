@@ -8,24 +8,52 @@ from typing import Any
 
 from fastvideo.config.architectures import architecture, releases
 from fastvideo.config.recipe import Recipe
+from fastvideo.config.train import Full, Lora
 from fastvideo.cost import hunyuan, wan
+from fastvideo.cost.adapters import adapted, is_up
 from fastvideo.cost.layers import Layers, Tokens
+
+FULL = Full()
+ONE = Tokens(video=1, text=1)
+"""Where only the parameters count."""
 
 
 def parameters(config: Mapping[str, Any], family: str) -> int:
-    """Count the numbers that a full finetune trains."""
-    return sum(layers(config, family, Tokens(video=1, text=1)).sizes().values())
+    """Count the numbers of a transformer, without adapters."""
+    return sum(layers(config, family, ONE).sizes().values())
 
 
-def layers(config: Mapping[str, Any], family: str, tokens: Tokens) -> Layers:
-    """Return the layers of a transformer of ``family``; their rows are those of ``tokens``."""
-    return _layers(json.dumps(config), family, tokens)
+def trained_parameters(recipe: Recipe, config: Mapping[str, Any]) -> int:
+    """Count the numbers that train."""
+    return sum(trained_layers(recipe, config, ONE).trained.sizes().values())
+
+
+def count_adapters(recipe: Recipe, config: Mapping[str, Any]) -> int:
+    """Count the projections that get an adapter; none in a full finetune."""
+    return sum(is_up(linear) for linear in trained_layers(recipe, config, ONE).linears)
+
+
+def layers(
+    config: Mapping[str, Any], family: str, tokens: Tokens, *, method: Full | Lora = FULL
+) -> Layers:
+    """Return the layers of a transformer of ``family``; their rows are those of ``tokens``.
+
+    Raises:
+        UserError: ``method.targets`` match nothing.
+    """
+    return _layers(json.dumps(config), family, tokens, method)
+
+
+def trained_layers(recipe: Recipe, config: Mapping[str, Any], tokens: Tokens) -> Layers:
+    """Return the layers of a transformer as the recipe trains it."""
+    return layers(config, recipe.model.family, tokens, method=recipe.train.method)
 
 
 @lru_cache(maxsize=64)
-def _layers(config: str, family: str, tokens: Tokens) -> Layers:
+def _layers(config: str, family: str, tokens: Tokens, method: Full | Lora) -> Layers:
     build = hunyuan.layers if is_hunyuan(family) else wan.layers
-    return build(json.loads(config), tokens)
+    found = build(json.loads(config), tokens)
+    return adapted(found, method) if isinstance(method, Lora) else found
 
 
 def is_hunyuan(family: str) -> bool:

@@ -17,7 +17,7 @@ def layers(config: Mapping[str, Any], tokens: Tokens) -> Layers:
     for block in blocks:
         linears += _block_linears(config, tokens, block)
         tables |= _block_tables(config, block)
-        attentions += _block_attentions(config, tokens)
+        attentions += _block_attentions(config, tokens, block)
     return Layers(tuple(linears), tables, tuple(attentions), blocks)
 
 
@@ -30,9 +30,11 @@ def _ends(config: Mapping[str, Any], tokens: Tokens) -> Iterator[Linear]:
     """What comes before the blocks, and after."""
     wide, patch = width(config), math.prod(config["patch_size"])
     embed = "condition_embedder"
-    yield Linear("patch_embedding", config["in_channels"] * patch, wide, tokens.video)
-    yield Linear(f"{embed}.time_embedder.linear_1", config["freq_dim"], wide, tokens.runs)
-    yield Linear(f"{embed}.time_embedder.linear_2", wide, wide, tokens.runs)
+    channels = config["in_channels"] * patch
+    yield Linear("patch_embedding", channels, wide, tokens.video, convolution=True)
+    time = f"{embed}.time_embedder"
+    yield Linear(f"{time}.linear_1", config["freq_dim"], wide, tokens.runs, exact=True)
+    yield Linear(f"{time}.linear_2", wide, wide, tokens.runs, exact=True)
     yield Linear(f"{embed}.time_proj", wide, 6 * wide, tokens.runs)
     yield Linear(f"{embed}.text_embedder.linear_1", config["text_dim"], wide, tokens.text)
     yield Linear(f"{embed}.text_embedder.linear_2", wide, wide, tokens.text)
@@ -81,9 +83,9 @@ def _block_tables(config: Mapping[str, Any], block: str) -> dict[str, int]:
     return tables | {f"{block}.scale_shift_table": 6 * wide}
 
 
-def _block_attentions(config: Mapping[str, Any], tokens: Tokens) -> Iterator[Attention]:
+def _block_attentions(config: Mapping[str, Any], tokens: Tokens, block: str) -> Iterator[Attention]:
     wide = width(config)
-    yield Attention(tokens.video, tokens.video, wide)
-    yield Attention(tokens.video, tokens.text, wide)
+    yield Attention(f"{block}.attn1", tokens.video, tokens.video, wide)
+    yield Attention(f"{block}.attn2", tokens.video, tokens.text, wide)
     if config.get("added_kv_proj_dim"):
-        yield Attention(tokens.video, tokens.image, wide)
+        yield Attention(f"{block}.attn2.added", tokens.video, tokens.image, wide)

@@ -13,7 +13,13 @@ from fastvideo.cost import disk, duration, flops, layout
 from fastvideo.cost.fit import Setting, nearest_fit
 from fastvideo.cost.layout import Layout
 from fastvideo.cost.memory import GIB, Memory, memory, micro_batch
-from fastvideo.cost.transformer import latent_shape, parameters, tokens_of
+from fastvideo.cost.transformer import (
+    count_adapters,
+    latent_shape,
+    parameters,
+    tokens_of,
+    trained_parameters,
+)
 from fastvideo.errors import UserError
 from fastvideo.models.published import Config, transformer_configs
 from fastvideo.plan.text import copies, counted, size_of
@@ -143,6 +149,8 @@ def _transformer(
     step_s = duration.step_s(recipe, config, processes=processes, device=device) if device else None
     found: dict[str, Any] = {
         "parameters": parameters(config, recipe.model.family),
+        "trained_parameters": trained_parameters(recipe, config),
+        "adapters": count_adapters(recipe, config),
         "flops_per_sample": {**asdict(model), "dense_equivalent": model.dense_equivalent},
         "flops_per_step": model.actual * batch,
         "hardware_flops_per_step": hardware.actual * batch,

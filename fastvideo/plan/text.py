@@ -70,7 +70,7 @@ def _figures(name: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) 
     model, hardware = figures["flops_per_step"], figures["hardware_flops_per_step"]
     lines = [
         name,
-        f"  size      {figures['parameters']:,} parameters",
+        f"  size      {figures['parameters']:,} parameters{_trained(figures)}",
         f"  compute   {_flop(figures['flops_per_step'])} a step, {attention:.0%} of it attention"
         + (f"; {_flop(hardware)} with what is computed again" if hardware > model else ""),
     ]
@@ -99,6 +99,14 @@ def _figures(name: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) 
             "(an assumption)"
         )
     return lines
+
+
+def _trained(figures: Mapping[str, Any]) -> str:
+    """What trains where it is not everything."""
+    if not figures["adapters"]:
+        return ""
+    adapters = counted(figures["adapters"], "adapter")
+    return f", frozen beside {adapters}; {figures['trained_parameters']:,} train"
 
 
 def _host_lines(figures: Mapping[str, Any], machine: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from fastvideo.config.lora import targets
 from fastvideo.config.recipe import Recipe
 from fastvideo.config.train import Lora
 from fastvideo.cost import layout
+from fastvideo.cost.adapters import projections
 from fastvideo.cost.layers import Tokens
 from fastvideo.cost.transformer import layers
 from fastvideo.errors import Stopped, UserError
@@ -191,7 +192,7 @@ def _check_targets(recipe: Recipe, config: Mapping[str, Any]) -> None:
     method = recipe.train.method
     if isinstance(method, Lora):
         found = layers(config, recipe.model.family, Tokens(video=1, text=1))
-        targets(method, [linear.name for linear in found.linears])
+        targets(method, projections(found))
 
 
 def _check_begun(recipe: Recipe, directory: TrainDir, about: dict[str, Any]) -> None:

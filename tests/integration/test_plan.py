@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs/recipes").glob("*.yaml"))
 NODE = ROOT / "configs/clusters/local_8gpu.yaml"
 WAN_14B = ROOT / "configs/recipes/wan2.1_t2v_14b_full.yaml"
+WAN_14B_LORA = ROOT / "configs/recipes/wan2.1_t2v_14b_lora.yaml"
 EVERY = """
 import json, sys, time
 from pathlib import Path
@@ -71,6 +72,36 @@ def test_whole_copies_of_14b_do_not_fit_80_gb(capsys: pytest.CaptureFixture[str]
     assert (code, answer["problems"]) == (0, [])
     assert answer["transformers"]["transformer"]["fits"] is True
     assert answer["transformers"]["transformer"]["smallest_device"] == "A100-80GB"
+
+
+def test_adapters_of_14b_fit_on_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    one = (str(WAN_14B_LORA), "--cluster", str(NODE), "parallel.processes=1")
+    code, answer = planned(capsys, *one, "train.ema={}")
+    figures, trained = answer["transformers"]["transformer"], 153_354_240
+    assert (code, answer["problems"], figures["fits"]) == (0, [], True)
+    assert figures["parameters"] == 14_288_491_584
+    assert (figures["adapters"], figures["trained_parameters"]) == (400, trained)
+    assert figures["memory"]["gradients"] == figures["memory"]["average"] == 4 * trained
+    assert answer["disk"]["checkpoint_bytes"] == {"transformer": 16 * trained}
+    assert answer["disk"]["export_bytes"] == 4 * trained
+    _, full = planned(capsys, str(WAN_14B), "train.global_batch_size=8")
+    work = [a["transformers"]["transformer"]["flops_per_step"] for a in (answer, full)]
+    assert 2 / 3 < work[0] / work[1] < 0.9  # attention has all its gradients
+    assert run(["plan", *one]) == 0
+    assert "frozen beside 400 adapters; 153,354,240 train" in capsys.readouterr().out
+
+
+def test_adapters_get_the_nearest_setting_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    one = (str(WAN_14B_LORA), "--cluster", str(NODE), "parallel.processes=1")
+    code, answer = planned(capsys, *one, "train.activation_checkpointing=none")
+    (problem,) = answer["problems"]
+    assert code == 2 and "= 366.1 GiB on each GPU, H100-80GB has 79.1 GiB" in problem
+    assert "parallel.shard=1 train.activation_checkpointing=selective: weights 27" in problem
+
+
+def test_projections_that_are_not_there_are_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(WAN_14B_LORA), "train.method.targets=[to_q]"]) == 2
+    assert "'to_q' matches no projection of this model" in capsys.readouterr().err
 
 
 def test_no_known_gpu_is_large_enough(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from fastvideo.config.architectures import release
 from fastvideo.config.recipe import Recipe
 from fastvideo.cost.disk import checkpoint_bytes, checkpoint_count, export_bytes, sample_bytes
-from fastvideo.cost.transformer import parameters
+from fastvideo.cost.transformer import parameters, trained_parameters
 
 RECIPES = Path(__file__).parents[3] / "configs/recipes"
 
@@ -23,6 +23,21 @@ def test_a_checkpoint_is_weights_and_two_running_means() -> None:
     assert checkpoint_bytes(recipe("wan2.1_t2v_14b_full"), config) == 12 * number
     small = recipe("wan2.1_t2v_14b_full", "train.optimizer.kind=adamw_8bit")
     assert checkpoint_bytes(small, config) == pytest.approx(6.03 * number, rel=2e-3)
+
+
+def test_only_what_trains_is_saved_and_exported() -> None:
+    config = release("wan2.1_t2v_1.3b").transformer
+    number = 30 * 16 * (8 * (1536 + 1536) + 2 * (1536 + 8960))
+    adapters = recipe("wan2.1_t2v_1.3b_lora", "train.method.rank=16")
+    assert trained_parameters(adapters, config) == number
+    assert checkpoint_bytes(adapters, config) == 12 * number
+    assert export_bytes(adapters, config) == 4 * number
+    averaged = recipe("wan2.1_t2v_1.3b_lora", "train.method.rank=16", "train.ema={}")
+    assert checkpoint_bytes(averaged, config) == 16 * number
+    norms = recipe("wan2.1_t2v_1.3b_lora", "train.method={kind: lora, rank: 16, norms: true}")
+    assert trained_parameters(norms, config) == number + 30 * 6 * 1536
+    full = recipe("wan2.1_t2v_1.3b_full", "train.ema={}")
+    assert checkpoint_bytes(full, config) == 16 * parameters(config, "wan2.1")
 
 
 @pytest.mark.parametrize(

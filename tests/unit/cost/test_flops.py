@@ -15,10 +15,12 @@ from fastvideo.cost.flops import (
     forward_flops,
     hardware_flops,
     tokens_per_sample,
+    training,
     training_flops,
 )
 from fastvideo.cost.layers import Tokens
-from fastvideo.cost.transformer import layers
+from fastvideo.cost.transformer import FULL, layers
+from fastvideo.cost.walk import gradients
 from fastvideo.models import hunyuan_forward, wan_forward
 from fastvideo.models.tiny_configs import TRANSFORMERS
 from tests.tiny_models import build, inputs, tokens
@@ -27,12 +29,6 @@ from tests.tiny_world import PAIRS, Pair
 RECIPES = Path(__file__).parents[3] / "configs/recipes"
 SHAPE = (2, 3, 8, 12)
 """(B, T, Y, X) of latents."""
-WITHOUT_GRADIENT = (
-    *("patch_embedding", "x_embedder.proj", "context_embedder.proj_in"),
-    *("text_embedder.linear_1", "time_embedder.linear_1"),
-    *("timestep_embedder.linear_1", "guidance_embedder.linear_1"),
-)
-"""The first layers: what they are given has no gradient, so one product less in the backward."""
 
 
 def recipe(name: str, *overrides: str) -> Recipe:
@@ -48,15 +44,16 @@ def test_they_are_what_torch_counts(pair: Pair) -> None:
             out: torch.Tensor = module.forward(model, **inputs(pair, SHAPE))
         with FlopCounterMode(display=False) as backward:
             out.sum().backward()
-    found = layers(TRANSFORMERS[pair.family, pair.task], pair.family, tokens(pair, SHAPE))
+    config = TRANSFORMERS[pair.family, pair.task]
+    found = layers(config, pair.family, tokens(pair, SHAPE))
     linear = SHAPE[0] * sum(layer.flops for layer in found.linears)
     attention = SHAPE[0] * sum(layer.flops for layer in found.attentions)
-    first = [layer.flops for layer in found.linears if layer.name.endswith(WITHOUT_GRADIENT)]
+    both = SHAPE[0] * training(found, gradients(config, pair.family, FULL)).actual
 
     counted = {str(name): n for name, n in forward.get_flop_counts()["Global"].items()}
     assert counted.pop("aten.bmm") == attention
     assert sum(counted.values()) == linear
-    assert backward.get_total_flops() == 2 * (linear + attention) - SHAPE[0] * sum(first)
+    assert forward.get_total_flops() + backward.get_total_flops() == both
 
 
 def test_wan_14b_at_480p_by_hand() -> None:
@@ -66,10 +63,12 @@ def test_wan_14b_at_480p_by_hand() -> None:
     linear = 2 * (40 * block + ends)
     attention = 40 * (4 * s * s * d + 4 * s * text * d)
 
+    first = 2 * (s * 64 * d + text * 4096 * d + 256 * d)  # whose inputs need no gradient
+
     spec = recipe("wan2.1_t2v_14b_full")
     config = release("wan2.1_t2v_14b").transformer
     assert tokens_per_sample(spec, config) == s == 32760
-    assert training_flops(spec, config) == Flops(3 * linear, 3 * attention)
+    assert training_flops(spec, config) == Flops(3 * linear - first, 3 * attention)
     # The same count of others, see fastvideo.cost.duration: 6.18 PFLOP at 37,440 tokens.
     assert training_flops(spec, config).actual == pytest.approx(5.03e15, rel=2e-3)
 
@@ -105,7 +104,7 @@ def test_what_is_computed_again_is_no_work_of_the_model() -> None:
 def test_skipped_attention_is_no_work_but_counts_as_dense() -> None:
     sparse = Flops(linear=10, attention=100, skipped=90)
     assert (sparse.actual, sparse.dense_equivalent) == (20, 110)
-    assert sparse.times(3) == Flops(30, 300, 270)
+    assert sparse + sparse == Flops(20, 200, 180)
     assert Flops(10, 100).actual == Flops(10, 100).dense_equivalent == 110
 
 
@@ -117,3 +116,16 @@ def test_frames_with_timesteps_of_their_own_are_runs() -> None:
     frames = (spec.clip.num_frames - 1) // 4 + 1
     wide = 24 * 128
     assert more == 2 * (frames - 1) * (256 * wide + wide * wide + wide * 6 * wide)
+
+
+def test_adapters_of_wan_14b_cost_two_thirds_of_a_full_finetune() -> None:
+    """Frozen weights have no gradient; what comes before the first adapter has none at all."""
+    s, text, d, f, r = 21 * 30 * 52, 512, 5120, 13824, 32
+    video, words = 6 * s * d * d + 2 * s * d * f, 2 * text * d * d
+    ends = s * 64 * d + text * (4096 * d + d * d) + 256 * d + d * d + d * 6 * d
+    # Both matrices of an adapter, three times; but the text needs no gradient.
+    adapters = 3 * 4 * r * (s * (7 * d + f) + text * 2 * d) - 2 * r * text * 2 * d
+    first = 2 * 3 * s * d * (d + r)  # queries, keys and values of the first block
+    linear = 40 * (2 * words + 4 * video + adapters) + 2 * ends + 4 * s * d * 64 - first
+    found = training_flops(recipe("wan2.1_t2v_14b_lora"), release("wan2.1_t2v_14b").transformer)
+    assert found == Flops(linear, 3 * 40 * (4 * s * s * d + 4 * s * text * d))

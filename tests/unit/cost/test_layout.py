@@ -57,6 +57,22 @@ def test_what_fits_is_whole_and_what_does_not_is_spread() -> None:
     assert "is the least there is" in chosen(LARGE, processes=2).reason
 
 
+def test_adapters_of_a_large_model_are_whole_where_its_weights_are_not() -> None:
+    adapters = "train.method={kind: lora}"
+    whole, spread = (chosen(LARGE, adapters, processes=8, gib=gib) for gib in (H100_GIB, 39.4))
+    assert (whole.shard, spread.shard) == (1, 8)
+    assert "DDP: weights 27.2 + gradients 0.6" in whole.reason
+    assert "more than 39.4 GiB; over 8 processes 32.6 GiB fits" in spread.reason
+    found = nearest_fit(
+        recipe(LARGE, adapters, "parallel.shard=1"),
+        release(LARGE).transformer,
+        processes=8,
+        memory_gib=39.4,
+    )
+    assert found is not None and found.memory.total < 39.4 * GIB
+    assert (found.shard, found.changes) == (1, {"parallel.sequence": 4})
+
+
 def test_without_gpus_memory_does_not_decide() -> None:
     assert chosen(LARGE, processes=8, gib=None).shard == 1
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes of weights and optimizers against real ones, and what a layout does to each part."""
 
+import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,30 @@ import torch
 from torch import Tensor
 
 from fastvideo.config.architectures import release
+from fastvideo.config.parallel import Parallel
 from fastvideo.config.recipe import Recipe
 from fastvideo.cost.layers import Tokens
-from fastvideo.cost.memory import GIB, Memory, Parameter, memory, optimizer_bytes, parameters_of
+from fastvideo.cost.layout import Layout
+from fastvideo.cost.memory import (
+    GIB,
+    Memory,
+    Parameter,
+    State,
+    memory,
+    optimizer_bytes,
+    parameters_of,
+    state_of,
+)
 from fastvideo.cost.transformer import layers, parameters
+from fastvideo.models.execution import Execution
 from fastvideo.models.tiny_configs import TRANSFORMERS
+from fastvideo.models.weights import local_rows
+from fastvideo.train.method import build_method
 from fastvideo.train.optimizer import build_optimizer
-from tests.tiny_models import build
+from fastvideo.train.parallel import joined, place
+from fastvideo.train.process import Process
+from tests.ranks import NoStop, Silent, in_ranks
+from tests.tiny_models import attached, build, functions
 from tests.tiny_world import PAIRS
 
 RECIPES = Path(__file__).parents[3] / "configs/recipes"
@@ -40,23 +59,66 @@ def bytes_of(value: Any) -> int:
     return sum(part.untyped_storage().nbytes() for part in parts)
 
 
+METHODS = {
+    "full": "train.method.kind=full",
+    "lora": "train.method={kind: lora, rank: 16, biases: true, norms: true}",
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("index", [1, 4, 6], ids=lambda index: str(PAIRS[index]))
-def test_optimizers_hold_what_is_counted(index: int, kind: str) -> None:
+def test_weights_and_optimizers_are_what_is_counted(index: int, kind: str, method: str) -> None:
     if kind == "adamw_8bit":
         pytest.importorskip("torchao")
     pair = PAIRS[index]
-    spec = recipe(f"train.optimizer.kind={kind}").train
-    model = build(pair)
+    spec = recipe(f"train.optimizer.kind={kind}", method, "train.ema={}").train
+    model = attached(pair, method=spec.method, dtype=spec.dtype)
     optimizer = build_optimizer(model, spec.optimizer)
-    for parameter in model.parameters():
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     with torch.compiler.set_stance("force_eager"):
         optimizer.step()
     measured = sum(bytes_of(v) for state in optimizer.state.values() for v in state.values())
-    found = layers(TRANSFORMERS[pair.family, pair.task], pair.family, Tokens(video=1, text=1))
-    counted = parameters_of(found, spec, spread=False)
-    assert sum(optimizer_bytes(p, spec, shard=1) for p in counted) == measured
+    config, numbers = TRANSFORMERS[pair.family, pair.task], sum(p.numel() for p in trained)
+    found = layers(config, pair.family, Tokens(video=1, text=1), method=spec.method)
+    counted = Counter(parameters_of(found, dtype=spec.dtype, spread=False))
+    assert state_of(counted, spec, shard=1) == State(
+        weights=sum(bytes_of(parameter.data) for parameter in model.parameters()),
+        gradients=4 * numbers,
+        optimizer=measured,
+        average=4 * numbers,
+    )
+
+
+def held_by_one_of_two(rank: int) -> dict[tuple[str, str], tuple[int, int]]:
+    """Bytes of all weights and of those that train, by method and dtype."""
+    found, pair = {}, PAIRS[1]
+    process = Process(NoStop(), Silent(), rank, rank, count=2)
+    layout = Layout(replicate=1, shard=2, sequence=1, reason="")
+    with joined(process, Parallel(), device="cpu", hang_s=60, choose=lambda _: layout) as team:
+        for (name, method), dtype in itertools.product(METHODS.items(), ("float32", "bfloat16")):
+            train = recipe(method, f"train.dtype={dtype}").train
+            with torch.device("meta"):
+                model = build(pair)
+            build_method(train).prepare(model)
+            functions(pair).attach(model, Execution())
+            place(model, team, Parallel(), dtype=getattr(torch, dtype))
+            sizes = [(local_rows(p.data)[0].nbytes, p.requires_grad) for p in model.parameters()]
+            found[name, dtype] = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    return found
+
+
+def test_two_processes_hold_what_is_counted_of_one() -> None:
+    first, _ = in_ranks(2, held_by_one_of_two, join=False)
+    for (name, dtype), measured in first.items():
+        spec, pair = recipe(METHODS[name], f"train.dtype={dtype}").train, PAIRS[1]
+        config = TRANSFORMERS[pair.family, pair.task]
+        found = layers(config, pair.family, Tokens(video=1, text=1), method=spec.method)
+        counted = Counter(parameters_of(found, dtype=dtype, spread=True))
+        state = state_of(counted, spec, shard=2)
+        assert (state.weights, state.gradients) == measured, (name, dtype)
 
 
 def test_whole_copies_are_of_16_bytes_a_parameter_and_what_is_computed_with() -> None:
@@ -139,3 +201,46 @@ def test_policies_of_checkpointing_order_the_memory() -> None:
     kept = 40 * 32760 * (2 * 5120 + 4 * 40)
     inputs = 40 * 32760 * 5120 * 2
     assert selective > kept + inputs and full > inputs
+
+
+ADAPTERS = "train.method={kind: lora, rank: 32}"
+ADAPTER_SIZE = 40 * 32 * (8 * (5120 + 5120) + 2 * (5120 + 13824))
+"""Of 40 blocks with eight projections of attention and two of the feed-forward layers."""
+
+
+@pytest.mark.parametrize(("policy", "gib"), [("full", 55.5), ("selective", 67.8)])
+def test_adapters_of_14b_fit_on_one_gpu_of_80_gb(policy: str, gib: float) -> None:
+    """81 frames of 480x832 in bfloat16."""
+    options = (f"train.activation_checkpointing={policy}", "train.micro_batch_size=1")
+    found = of(ADAPTERS, *options, processes=1)
+    assert found.total / GIB == pytest.approx(gib, abs=0.1)
+    assert (found.gradients, found.optimizer) == (4 * ADAPTER_SIZE, 8 * ADAPTER_SIZE)
+    assert found.staged == 12 * ADAPTER_SIZE
+    assert found.weights == pytest.approx(2 * WAN_14B_SIZE + 4 * ADAPTER_SIZE, rel=0.01)
+
+
+def test_frozen_weights_are_spread_and_cost_nothing_else() -> None:
+    """In bfloat16 what is outside of matrices is whole, and the ends are gathered for good."""
+    whole, spread = (of(ADAPTERS, "train.dtype=float32", shard=n) for n in (1, 8))
+    assert whole.weights == 4 * (WAN_14B_SIZE + ADAPTER_SIZE)
+    ends = 4 * (5120 * (16 * 4 + 4096 + 5120 + 256 + 5120 + 6 * 5120) + 5120 * 64)
+    assert spread.weights == pytest.approx(whole.weights / 8 + ends, rel=1e-3)
+    assert spread.gradients == pytest.approx(whole.gradients / 8, rel=1e-3)
+    assert spread.optimizer == 2 * spread.gradients
+    mixed = of(ADAPTERS, shard=8)
+    assert mixed.weights == pytest.approx(spread.weights / 2, rel=0.02)
+    full = of(shard=8)
+    assert mixed.workspace < full.workspace - 2 * WAN_14B_SIZE // 40  # no gradients of a block
+
+
+def test_an_average_is_as_large_as_what_trains() -> None:
+    for method in (METHODS["full"], ADAPTERS):
+        without, averaged = of(method), of(method, "train.ema={}")
+        assert without.average == 0
+        assert averaged.average == averaged.gradients
+        assert averaged.staged == without.staged + averaged.average // 8
+        assert averaged.total == without.total + averaged.average
+    offloaded = of("train.ema={}", "parallel.cpu_offload=true", shard=8)
+    alone = of("parallel.cpu_offload=true", shard=8)
+    more = 2 * 4 * WAN_14B_SIZE / 8  # the average, and its copy
+    assert offloaded.host - alone.host == pytest.approx(more, rel=0.01)
