@@ -27,7 +27,7 @@ class Lora(Spec):
     alpha: PositiveFloat | None = None
     """An adapter's output is scaled by alpha / rank; empty is the rank: a scale of 1."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of an adapter's inputs that are set to zero, the same ones for all tokens of a sample."""
+    """Share of an adapter's inputs set to zero, the same ones for all tokens of a sample."""
     targets: Literal["attention", "blocks"] | tuple[str, ...] = "blocks"
     """Projections that get an adapter: those of attention, or the feed-forward layers as well; or
     regular expressions, each of which must match whole names of modules as diffusers has them."""
@@ -121,6 +121,19 @@ class Heldout(Spec):
     """Clips used, the first ones in the order of the shards."""
 
 
+class Samples(Spec):
+    """Videos of `validation.prompts` while it trains; all else about them is said in `generate`."""
+
+    every_steps: PositiveInt = 500
+    """Sampled each so many steps, before the first and after the last."""
+    max_prompts: PositiveInt = 4
+    """Prompts used, the first ones of the file."""
+
+    def due(self, step: int, *, steps: int) -> bool:
+        """Whether videos are due after ``step`` of ``steps``."""
+        return step % self.every_steps == 0 or step >= steps
+
+
 class Watch(Spec):
     """Faults of a run that are told, counted, or end it."""
 
@@ -198,6 +211,8 @@ class Train(Spec):
     """When to save."""
     heldout: Heldout = Heldout()
     """When to measure the held-out loss."""
+    samples: Samples | None = None
+    """When to sample videos; empty makes none."""
     watch: Watch = Watch()
     """What counts as a fault while it trains."""
     log_every_steps: PositiveInt = 10
