@@ -122,10 +122,10 @@ def load(folder: Path, saved: Saved, *, group: dist.ProcessGroup | None = None) 
         group_now.update(values)
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
+def load_weights(folder: Path, model: nn.Module, *, group: dist.ProcessGroup | None = None) -> None:
     """Read only the model's weights of a complete checkpoint; see `verify`."""
     wanted = model.state_dict()
-    _load(folder, {"model": wanted})
+    _load(folder, {"model": wanted}, group=group)
     model.load_state_dict(wanted)
 
 
