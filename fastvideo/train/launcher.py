@@ -17,6 +17,7 @@ from typing import IO, Any
 from fastvideo import atomic, hashing, state
 from fastvideo.config.recipe import Recipe
 from fastvideo.cost import layout
+from fastvideo.data.prompts import check_encoded
 from fastvideo.errors import Stopped, UserError
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
@@ -32,7 +33,7 @@ from fastvideo.train.node.outcome import tell_early
 from fastvideo.train.node.pulse import Watched
 from fastvideo.train.process import Process
 from fastvideo.train.stop import StopRequest, stopped
-from fastvideo.trained import NAMES, model_facts
+from fastvideo.trained import NAMES, model_facts, newest_of
 
 MAY_CHANGE = (
     "run_dir",
@@ -57,6 +58,7 @@ MAY_CHANGE = (
     "train.compile",
     "train.checkpoint",
     "train.heldout",
+    "train.samples",
     "train.watch",
     "train.log_every_steps",
     "train.tensorboard",
@@ -108,6 +110,7 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
                 _check_begun(recipe, directory, about[name])
             if not _finished(directory, recipe):
                 _check_machine(recipe, name, nodes)
+                _check_samples(recipe, store, plan)
         return {
             "trained": {
                 name: _train(recipe, name, plan=plan, about=about[name], start=start, lock=lock)
@@ -275,13 +278,15 @@ def _train_alone(
 
 
 def _finished(directory: TrainDir, recipe: Recipe) -> bool:
-    """Whether the last step is done and its held-out loss measured."""
+    """Whether the last step is done, its held-out loss measured and its videos sampled."""
     newest = directory.newest_checkpoint()
     if newest is None:
         return False
     marker = state.read_checkpoint_marker(newest)
     assert marker is not None
-    return bool(marker["step"] >= recipe.train.steps and marker["measured"])
+    done = bool(marker["step"] >= recipe.train.steps and marker["measured"])
+    sampled = directory.sampled_marker(marker["step"]).is_file()
+    return done and (sampled or recipe.train.samples is None)
 
 
 def _about(recipe: Recipe, store: ShardStore, plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -357,6 +362,17 @@ def _check_shards(
             f"conditioned on as {recipe.model.task}; run preprocess with this recipe, or use the "
             "model the shards were made for"
         )
+
+
+def _check_samples(recipe: Recipe, store: ShardStore, plan: dict[str, Any] | None) -> None:
+    """What samples are made of must be encoded, and the other expert one of this model."""
+    if recipe.train.samples is None:
+        return
+    assert plan is not None
+    check_encoded(recipe, store, plan["settings"])
+    base = find_model(recipe.model.path)
+    for transformer in recipe.architecture.transformers:
+        newest_of(recipe, base, transformer=transformer)
 
 
 PARTS = {"vae": "VAE", "text": "text encoder", "image": "image encoder"}

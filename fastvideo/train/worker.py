@@ -36,6 +36,7 @@ from fastvideo.train.node.pulse import SAVE_FACTOR, START_MINUTES
 from fastvideo.train.optimizer import build_optimizer
 from fastvideo.train.parallel import Runner, Team
 from fastvideo.train.process import Process
+from fastvideo.train.sampler import Sampler, forget_after
 from fastvideo.train.throughput import Work
 
 
@@ -100,6 +101,8 @@ def _job(
     saved = empty_state(recipe, path, transformer=transformer, team=team)
     directory = RunDir(recipe.run_dir).training(transformer)
     start = _resume(directory, saved, team)
+    if team.leads:
+        forget_after(directory, start.step)
     if start.step == 0:
         weights.load_weights(saved.model, weights.WeightFiles(path, folder=transformer))
     runner = Runner(saved.model, team, recipe.parallel)
@@ -114,20 +117,39 @@ def _job(
         losses=losses_of(find_family(recipe), runner),
         draw=draws[0],
         heldout=draws[1],
+        sampler=_sampler(recipe, path, transformer=transformer, model=saved.model, team=team),
     )
     return job, start
 
 
+def _sampler(
+    recipe: Recipe, path: Path, *, transformer: str, model: nn.Module, team: Team
+) -> Sampler | None:
+    if recipe.train.samples is None:
+        return None
+
+    def build(other: str) -> nn.Module:
+        return empty_model(recipe, path, transformer=other, team=team)
+
+    return Sampler(recipe, path, team=team, transformer=transformer, model=model, build=build)
+
+
 def empty_state(recipe: Recipe, path: Path, *, transformer: str, team: Team) -> checkpoint.Saved:
     """Build model and optimizer as the layout says; the weights have memory, but no numbers yet."""
+    model = empty_model(recipe, path, transformer=transformer, team=team)
+    model.train()
+    return checkpoint.Saved(model, build_optimizer(model, recipe.train.optimizer))
+
+
+def empty_model(recipe: Recipe, path: Path, *, transformer: str, team: Team) -> nn.Module:
+    """Build a transformer with our forward as the layout says, without numbers."""
     train, family = recipe.train, find_family(recipe)
     model: nn.Module = family.empty_transformer(path, folder=transformer)
     build_method(train.method).prepare(model)
     recompute = train.activation_checkpointing
     family.attach(model, Execution(recompute, train.compile, team.sequence))
     parallel.place(model, team, recipe.parallel, dtype=getattr(torch, train.dtype))
-    model.train()
-    return checkpoint.Saved(model, build_optimizer(model, train.optimizer))
+    return model
 
 
 def _tell(
