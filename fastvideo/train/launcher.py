@@ -21,7 +21,7 @@ from fastvideo.data.prompts import check_encoded
 from fastvideo.errors import Stopped, UserError
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
-from fastvideo.models.folder import content_hash, find_model, read_config
+from fastvideo.models.folder import content_hash, files_of, find_model, read_config
 from fastvideo.state import RunDir, ShardStore, TrainDir
 from fastvideo.train import attempts
 from fastvideo.train.installed import check_optimizer, check_trackers
@@ -365,12 +365,13 @@ def _check_shards(
 
 
 def _check_samples(recipe: Recipe, store: ShardStore, plan: dict[str, Any] | None) -> None:
-    """What samples are made of must be encoded, and the other expert one of this model."""
+    """Prompts must be encoded, the VAE at hand, and the other expert one of this model."""
     if recipe.train.samples is None:
         return
     assert plan is not None
     check_encoded(recipe, store, plan["settings"])
     base = find_model(recipe.model.path)
+    files_of(base, "vae", "scheduler")
     for transformer in recipe.architecture.transformers:
         newest_of(recipe, base, transformer=transformer)
 

@@ -169,6 +169,8 @@ class Sampler:
         self._model.eval()
         try:
             self._look(step)
+            if self._team.leads:
+                logger.info("step %d: sampling %d videos", step, len(todo.left))
             with torch.random.fork_rng(devices=gpus):
                 pipeline = self._open(step, todo.others)
                 for together in rounds(todo.left, groups=self._team.layout.data):

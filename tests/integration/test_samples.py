@@ -3,6 +3,7 @@
 
 import gc
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,17 +139,17 @@ def test_the_other_expert_is_its_newest_checkpoint_or_the_base_model(tmp_path: P
     write_tiny(tmp_path / "model", family=pair.family, task=pair.task)
     world = make_world(tmp_path, clips=2, model=tmp_path / "model", pair=pair)
     assert in_fork(lambda: preprocess(world.load())) == 0
-    for expert, said in (("high", "transformer_2 of the base model"), ("low", "step-00000004")):
-        done = fastvideo("train", world, *SAMPLED, f"train.expert={expert}")
+    for expert, said in (("high", "transformer_2 of the base model"), ("low", "step-00000002")):
+        done = fastvideo("train", world, *SAMPLED, "train.steps=2", f"train.expert={expert}")
         assert done.code == 0, done.err
         assert f"sampling with transformer{'_2' if expert == 'high' else ''} of" in done.err
         assert said in done.err
-    marker = read_checkpoint_marker(RunDir(world.run_dir).training().checkpoint(4))
+    marker = read_checkpoint_marker(RunDir(world.run_dir).training().checkpoint(2))
     assert marker is not None
     made = [about(RunDir(world.run_dir).training(n), 2) for n in ("transformer", "transformer_2")]
     assert [one["model"]["transformers"] for one in made] == [
         {"transformer": {"step": 2}, "transformer_2": "base"},
-        {"transformer": {"step": 4, "id": marker["id"]}, "transformer_2": {"step": 2}},
+        {"transformer": {"step": 2, "id": marker["id"]}, "transformer_2": {"step": 2}},
     ]
 
 
@@ -299,6 +300,28 @@ def test_prompts_that_were_not_encoded_are_refused_before_training(
         done = fastvideo("train", world, f"run_dir={tmp_path}", *SAMPLED, *change)
         assert done.code == 2 and "train.samples needs" in done.err and "run preprocess" in done.err
     assert not RunDir(tmp_path).training().metrics.exists()
+
+
+def test_a_model_without_a_vae_is_refused_before_training(
+    world: World, tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model/vae")
+    where = (f"run_dir={tmp_path / 'run'}", f"model.path={tmp_path / 'model'}")
+    done = fastvideo("train", world, *where, *SAMPLED)
+    assert done.code == 2 and "has no vae/" in done.err
+    assert not RunDir(tmp_path / "run").training().metrics.exists()
+
+
+def test_a_disk_that_takes_no_video_ends_the_run_with_its_name(
+    world: World, tmp_path: Path
+) -> None:
+    directory = RunDir(tmp_path).training()
+    directory.root.mkdir(parents=True)
+    directory.samples.write_text("in the way")
+    done = fastvideo("train", world, f"run_dir={tmp_path}", *SAMPLED)
+    assert done.code == 1 and "Traceback" not in done.err
+    assert "0000.mp4: cannot be written" in done.err
 
 
 def test_the_negative_prompt_is_encoded_where_guidance_takes_it(
