@@ -16,7 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -142,11 +144,17 @@ def begin_average(saved: Saved) -> None:
         averaged.copy_(parameters[name])
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Read only the model's weights of a complete checkpoint; see `verify`."""
-    wanted = model.state_dict()
-    _load(folder, {"model": wanted})
-    model.load_state_dict(wanted)
+def load_weights(
+    folder: Path,
+    model: nn.Module,
+    *,
+    part: Part = "model",
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Read what trains of a model, or its average, of a complete checkpoint; see `verify`."""
+    wanted: dict[str, Any] = dict(get_model_state_dict(model, options=FLAT))
+    _load(folder, {part: wanted}, group=group)
+    set_model_state_dict(model, wanted, options=FLAT)
 
 
 def read_tensors(

@@ -39,13 +39,11 @@ def generate(recipe: Recipe) -> dict[str, Any]:
     todo = [
         (video, about)
         for video, request in zip(videos, wanted, strict=True)
-        if not _made(video, about := {"model": model.about, **request})
+        if not is_made(video, about := {"model": model.about, **request})
     ]
     progress = Progress("videos", total=len(todo))
     for video, about in todo:
-        frames = _sample(pipeline(), about)
-        write_video(video, frames, fps=about["fps"])
-        atomic.write_json(video.with_suffix(".json"), about, point="generate.marker")
+        write_made(video, _sample(pipeline(), about), about)
         progress.advance(video.name)
     progress.close()
     logger.info("%d videos in %s, %d made now", len(videos), folder, len(todo))
@@ -63,8 +61,15 @@ def requests(recipe: Recipe) -> list[dict[str, Any]]:
         raise UserError("generate.prompts: is missing; name a JSON file with prompts")
     loras = sampled.about_loras(recipe)
     return [
+        {**request, **({"loras": loras} if loras else {})}
+        for request in read_requests(recipe, file)
+    ]
+
+
+def read_requests(recipe: Recipe, file: Path) -> list[dict[str, Any]]:
+    """As `requests`, for the prompts of another file, without `generate.loras`."""
+    return [
         _request(recipe, prompt, index, origin=f"{file}: data[{index}]")
-        | ({"loras": loras} if loras else {})
         for index, prompt in enumerate(load_prompts(file))
     ]
 
@@ -97,6 +102,17 @@ def write_video(path: Path, frames_FHWC: "npt.NDArray[np.uint8]", *, fps: float)
         container.mux(stream.encode())
 
 
+def write_made(video: Path, frames_FHWC: "npt.NDArray[np.uint8]", about: dict[str, Any]) -> None:
+    """Write a video, and then beside it how it was made."""
+    write_video(video, frames_FHWC, fps=about["fps"])
+    atomic.write_json(video.with_suffix(".json"), about, point="generate.marker")
+
+
+def is_made(video: Path, about: dict[str, Any]) -> bool:
+    """Whether a video is there and was made in this way."""
+    return video.is_file() and atomic.read_json(video.with_suffix(".json")) == about
+
+
 def _request(recipe: Recipe, prompt: Prompt, index: int, *, origin: str) -> dict[str, Any]:
     spec = recipe.generate
     wanted = prompt_to_encode(recipe, prompt, origin=origin)
@@ -123,13 +139,7 @@ def _request(recipe: Recipe, prompt: Prompt, index: int, *, origin: str) -> dict
     return request
 
 
-def _made(video: Path, about: dict[str, Any]) -> bool:
-    return video.is_file() and atomic.read_json(video.with_suffix(".json")) == about
-
-
 CALL_ARGUMENTS = (
-    "prompt",
-    "negative_prompt",
     "num_frames",
     "height",
     "width",
@@ -137,21 +147,42 @@ CALL_ARGUMENTS = (
     "guidance_scale",
     "guidance_scale_2",
 )
-"""Of a pipeline, by the name they have in a request."""
+"""Of a pipeline, by the name they have in a request; prompts may come as texts or encoded."""
 
 
 def _sample(pipeline: Any, about: dict[str, Any]) -> "npt.NDArray[np.uint8]":
-    """Run the pipeline; noise comes from a CPU generator, the same on every device."""
-    import numpy as np
-    import torch
     from PIL import Image
 
-    given = {name: about[name] for name in CALL_ARGUMENTS if name in about}
+    texts = ("prompt", "negative_prompt")
+    given: dict[str, Any] = {name: about[name] for name in texts if name in about}
     if "image" in about:
         size = {"height": about["height"], "width": about["width"]}
         given["image"] = Image.fromarray(first_image(Path(about["image"]["path"]), **size))
-    video = pipeline(
-        **given, generator=torch.Generator().manual_seed(about["seed"]), output_type="np"
-    ).frames[0]
-    frames: npt.NDArray[np.uint8] = np.clip(np.rint(video * 255), 0, 255).astype(np.uint8)
+    return to_frames(denoise(pipeline, about, **given))
+
+
+def denoise(pipeline: Any, about: dict[str, Any], *, output_type: str = "np", **given: Any) -> Any:
+    """Run a pipeline for a request; noise comes from a CPU generator, the same on every device.
+
+    Args:
+        pipeline: Of diffusers.
+        about: The request.
+        output_type: ``np``, or ``latent`` to leave out decoding.
+        given: Prompts and images, as the pipeline takes them.
+
+    Returns:
+        The video (F, H, W, 3) of numbers in [0, 1], or its latent.
+    """
+    import torch
+
+    wanted = {name: about[name] for name in CALL_ARGUMENTS if name in about}
+    noise = torch.Generator().manual_seed(about["seed"])
+    return pipeline(**wanted, **given, generator=noise, output_type=output_type).frames[0]
+
+
+def to_frames(video_FHWC: Any) -> "npt.NDArray[np.uint8]":
+    """A video of numbers in [0, 1] as 8-bit RGB."""
+    import numpy as np
+
+    frames: npt.NDArray[np.uint8] = np.clip(np.rint(video_FHWC * 255), 0, 255).astype(np.uint8)
     return frames

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvideo import hashing, state
-from fastvideo.config.prompts import load_prompts
 from fastvideo.config.recipe import ParquetSource, Recipe
 from fastvideo.data.decode import DECODE_SETTINGS
-from fastvideo.data.first_image import PromptToEncode, prompt_to_encode
 from fastvideo.data.manifest import plan_manifest
+from fastvideo.data.prompts import prompts_fingerprint, prompts_to_encode
 from fastvideo.errors import UserError
 from fastvideo.log import logger
 from fastvideo.models.family import ENCODE_VERSION, find_family
@@ -48,7 +47,7 @@ def preprocess(
         return _result(store, plan, filled=[])
     if shards is None and not plan["shards"]:
         _check_failures(recipe, store, plan)  # before encoders are loaded for nothing
-    wanted_prompts = hashing.fingerprint({"settings": settings, "prompts": _identify(prompts)})
+    wanted_prompts = prompts_fingerprint(settings, prompts)
     prompts_done = state.read_marker(store.validation, fingerprint=wanted_prompts) or not prompts
     if missing or not prompts_done:
         # Only now: a run with nothing to do answers without torch.
@@ -118,29 +117,6 @@ def _planned(
             f"{state.shorten(state.shard_indices(plan))}"
         )
     return plan
-
-
-def prompts_to_encode(recipe: Recipe) -> list[PromptToEncode]:
-    """The empty prompt, which text dropout needs, and the validation prompts.
-
-    Raises:
-        UserError: A prompt that this model cannot make.
-    """
-    clip, file = recipe.clip, recipe.validation.prompts
-    empty = PromptToEncode("", None, clip.num_frames, clip.height, clip.width)
-    prompts = load_prompts(file) if file else ()
-    return [empty] + [
-        prompt_to_encode(recipe, prompt, origin=f"{file}: data[{i}]")
-        for i, prompt in enumerate(prompts)
-    ]
-
-
-def _identify(prompts: Sequence[PromptToEncode]) -> list[dict[str, Any]]:
-    """Prompts by content, for their fingerprint."""
-    return [
-        {**prompt.values, "image": hashing.file_sha256(prompt.image) if prompt.image else None}
-        for prompt in prompts
-    ]
 
 
 def _result(store: ShardStore, plan: dict[str, Any], *, filled: list[int]) -> dict[str, Any]:

@@ -289,6 +289,19 @@ class TrainDir:
         """Event files."""
         return self.root / "tensorboard"
 
+    @property
+    def samples(self) -> Path:
+        """Folders of the videos that were sampled while it trained."""
+        return self.root / "samples"
+
+    def sampled(self, step: int) -> Path:
+        """Folder of the videos after ``step`` optimizer steps."""
+        return self.samples / f"step-{step:08d}"
+
+    def sampled_marker(self, step: int) -> Path:
+        """The file whose presence says that all videos of ``step`` are made."""
+        return self.sampled(step) / "complete.json"
+
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after ``step`` optimizer steps."""
         return self.checkpoints / f"step-{step:08d}"
@@ -305,11 +318,19 @@ class TrainDir:
 
     def checkpoint_folders(self) -> dict[int, Path]:
         """Folders of checkpoints, complete or not, by step, ascending."""
-        if not self.checkpoints.is_dir():
-            return {}
-        names = (re.fullmatch(r"step-(\d{8})", f.name) for f in self.checkpoints.iterdir())
-        steps = sorted(int(name[1]) for name in names if name)
-        return {step: self.checkpoint(step) for step in steps}
+        return {step: self.checkpoint(step) for step in _steps(self.checkpoints)}
+
+    def sample_folders(self) -> dict[int, Path]:
+        """Folders of videos, complete or not, by step, ascending."""
+        return {step: self.sampled(step) for step in _steps(self.samples)}
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps that have a folder in this one, ascending."""
+    if not folder.is_dir():
+        return []
+    names = (re.fullmatch(r"step-(\d{8})", path.name) for path in folder.iterdir())
+    return sorted(int(name[1]) for name in names if name)
 
 
 def checkpoint_marker(folder: Path) -> Path:

@@ -44,12 +44,28 @@ def newest(recipe: Recipe, base: Path) -> dict[str, Path]:
     find_family(recipe).check(base)
     found = state.newest_checkpoints(RunDir(recipe.run_dir), recipe.architecture.transformers)
     for transformer, path in found.items():
-        marker = state.read_checkpoint_marker(path)
-        assert marker is not None
-        for key, value in model_facts(recipe, base, transformer=transformer).items():
-            if marker["about"].get(key) != value:
-                raise UserError(
-                    f"{path}: was trained when this was different: {NAMES[key]}; use the recipe "
-                    "and the model.path it was trained with"
-                )
+        _check_facts(recipe, base, path, transformer=transformer)
     return found
+
+
+def newest_of(recipe: Recipe, base: Path, *, transformer: str) -> Path | None:
+    """The newest complete checkpoint of one transformer; None if there is none.
+
+    Raises:
+        UserError: It was trained from another model than the recipe's ``base``.
+    """
+    path = RunDir(recipe.run_dir).training(transformer).newest_checkpoint()
+    if path is not None:
+        _check_facts(recipe, base, path, transformer=transformer)
+    return path
+
+
+def _check_facts(recipe: Recipe, base: Path, path: Path, *, transformer: str) -> None:
+    marker = state.read_checkpoint_marker(path)
+    assert marker is not None
+    for key, value in model_facts(recipe, base, transformer=transformer).items():
+        if marker["about"].get(key) != value:
+            raise UserError(
+                f"{path}: was trained when this was different: {NAMES[key]}; use the recipe "
+                "and the model.path it was trained with"
+            )

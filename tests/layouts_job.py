@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from fastvideo import log, state
 from fastvideo.hashing import fingerprint
 from fastvideo.state import RunDir, ShardStore
-from fastvideo.train import launcher, worker
+from fastvideo.train import inputs, worker
 from fastvideo.train.draw import Draw, Drawn
 from fastvideo.train.process import Process
 from tests.ranks import NoStop, Silent, in_ranks
@@ -85,7 +85,7 @@ def work_of(
     store = ShardStore(recipe.shards.path)
     plan = state.complete_plan(store)
     (transformer,) = recipe.transformers
-    about = launcher._about(recipe, store, plan)[transformer]
+    about = inputs.facts(recipe, store, plan)[transformer]
 
     def work(rank: int) -> list[Seen]:
         log.setup()

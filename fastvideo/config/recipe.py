@@ -159,10 +159,11 @@ class Preprocess(Spec):
 
 
 class Validation(Spec):
-    """Prompts that are encoded in preprocessing, for samples without a text encoder."""
+    """Prompts that are encoded in preprocessing, for `train.samples` without a text encoder."""
 
     prompts: File | None = None
-    """A JSON file as `generate.prompts`; empty for none."""
+    """A JSON file as `generate.prompts`; empty for none. `generate.negative_prompt` is encoded with
+    them where guidance takes it."""
 
 
 class Export(Spec):
@@ -256,6 +257,11 @@ class Recipe(Spec):
         return architecture(self.model.family)
 
     @property
+    def guided(self) -> bool:
+        """Whether sampling calls the model for the negative prompt as well."""
+        return self.generate.guidance_scale > 1 and not self.architecture.embedded_guidance
+
+    @property
     def transformers(self) -> tuple[str, ...]:
         """Folders of the transformers that are trained, in this order."""
         experts, chosen = self.architecture.experts, self.train.expert
@@ -324,6 +330,15 @@ class Recipe(Spec):
             raise ValueError(
                 f"generate.guidance_scale_2={second:g}: has no effect while guidance_scale=1 "
                 "switches guidance off; raise that one too, or remove this key"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_have_prompts(self) -> Self:
+        if self.train.samples is not None and self.validation.prompts is None:
+            raise ValueError(
+                "train.samples: there is nothing to sample; name a JSON file with prompts as "
+                "validation.prompts and run preprocess, or remove train.samples"
             )
         return self
 

@@ -121,6 +121,19 @@ class Heldout(Spec):
     """Clips used, the first ones in the order of the shards."""
 
 
+class Samples(Spec):
+    """Videos of `validation.prompts` while it trains; all else about them is said in `generate`."""
+
+    every_steps: PositiveInt = 500
+    """Sampled each so many steps, before the first and after the last."""
+    max_prompts: PositiveInt = 4
+    """Prompts used, the first ones of the file."""
+
+    def due(self, step: int, *, steps: int) -> bool:
+        """Whether videos are due after ``step`` of ``steps``."""
+        return step % self.every_steps == 0 or step >= steps
+
+
 class Watch(Spec):
     """Faults of a run that are told, counted, or end it."""
 
@@ -198,6 +211,8 @@ class Train(Spec):
     """When to save."""
     heldout: Heldout = Heldout()
     """When to measure the held-out loss."""
+    samples: Samples | None = None
+    """When to sample videos; empty makes none."""
     watch: Watch = Watch()
     """What counts as a fault while it trains."""
     log_every_steps: PositiveInt = 10

@@ -189,6 +189,16 @@ class Family(Protocol):
     ) -> "DiffusionPipeline":
         """Load the diffusers pipeline of the task, ``transformers`` instead of the folder's."""
 
+    def load_decoder(self, path: Path, *, settings: SamplerSettings) -> "DiffusionPipeline":
+        """Load that pipeline with VAE and scheduler only; see ``fastvideo.models.denoiser``."""
+
+    def conditions(self, text: Text, negative: Text | None) -> "dict[str, torch.Tensor]":
+        """What the pipeline takes in place of a prompt and, for guidance, a negative one.
+
+        Tensors of one sample, padded as the pipeline's own text encoder leaves them; their device
+        and dtype are those of the texts.
+        """
+
 
 def find_family(recipe: Recipe) -> Family:
     """Return the family and task that a recipe names."""

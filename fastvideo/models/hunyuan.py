@@ -4,9 +4,9 @@
 torch is imported where a part is loaded: facts about files must be at hand without it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastvideo.config.architectures import architecture
 from fastvideo.config.recipe import Model
@@ -24,7 +24,12 @@ from fastvideo.models.family import (
     quiet_libraries,
 )
 from fastvideo.models.folder import files_of, read_config
-from fastvideo.models.parts import assemble, empty_part, load_part
+from fastvideo.models.parts import (
+    assemble,
+    assemble_without_encoders,
+    empty_part,
+    load_part,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, HunyuanVideoTransformer3DModel, ModelMixin
@@ -119,18 +124,35 @@ class HunyuanVideo:
 
         from fastvideo.models import flow
 
-        text = pad_text(batch.texts, length=self._facts.text_tokens)
-        lengths = text.new_tensor([len(t.embedding) for t in batch.texts])
-        places = torch.arange(self._facts.text_tokens, device=text.device)
-        pooled = [t.pooled for t in batch.texts if t.pooled is not None]
+        text, mask, pooled = self._texts(batch.texts)
         return {
             "hidden_states": flow.noised(batch.latents, batch.noise, batch.sigma),
             "timestep": batch.sigma * flow.NUM_TRAIN_TIMESTEPS,
             "encoder_hidden_states": text,
-            "encoder_attention_mask": (places < lengths[:, None]).to(text.dtype),
-            "pooled_projections": torch.stack(pooled),
+            "encoder_attention_mask": mask,
+            "pooled_projections": pooled,
             "guidance": torch.full_like(batch.sigma, self._guidance * GUIDANCE_SCALE_UNIT),
         }
+
+    def conditions(self, text: Text, negative: Text | None) -> dict[str, "Tensor"]:
+        """Guidance is an input of the model: there is no negative prompt."""
+        assert negative is None
+        embeddings, mask, pooled = self._texts([text])
+        return {
+            "prompt_embeds": embeddings,
+            "prompt_attention_mask": mask,
+            "pooled_prompt_embeds": pooled,
+        }
+
+    def _texts(self, texts: Sequence[Text]) -> tuple["Tensor", "Tensor", "Tensor"]:
+        """Embeddings (B, 256, D), their mask (B, 256) and the pooled text (B, P)."""
+        import torch
+
+        padded = pad_text(texts, length=self._facts.text_tokens)
+        lengths = padded.new_tensor([len(text.embedding) for text in texts])
+        places = torch.arange(self._facts.text_tokens, device=padded.device)
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        return padded, (places < lengths[:, None]).to(padded.dtype), torch.stack(pooled)
 
     def attach(self, model: "nn.Module", how: "Execution") -> None:
         """Our own forward over diffusers' modules."""
@@ -146,18 +168,27 @@ class HunyuanVideo:
         transformers: Mapping[str, "ModelMixin"],
     ) -> "DiffusionPipeline":
         """Load the pipeline; the VAE computes in float32."""
-        from diffusers import AutoencoderKLHunyuanVideo
-
         from fastvideo.models.hunyuan_encoders import text_parts
 
         quiet_libraries()
         parts = {
             **transformers,
             **text_parts(path, dtype=settings.dtype),
-            "vae": load_part(AutoencoderKLHunyuanVideo, path, "vae", dtype="float32"),
+            **self._decoder_parts(path),
         }
         if "transformer" not in parts:
             parts["transformer"] = self.load_transformer(
                 path, folder="transformer", dtype=settings.dtype
             )
         return assemble(self.pipeline, path, parts, settings=settings)
+
+    def load_decoder(self, path: Path, *, settings: SamplerSettings) -> "DiffusionPipeline":
+        """The VAE computes in float32."""
+        parts = self._decoder_parts(path)
+        return assemble_without_encoders(self.pipeline, path, parts, settings=settings)
+
+    def _decoder_parts(self, path: Path) -> dict[str, Any]:
+        from diffusers import AutoencoderKLHunyuanVideo
+
+        quiet_libraries()
+        return {"vae": load_part(AutoencoderKLHunyuanVideo, path, "vae", dtype="float32")}

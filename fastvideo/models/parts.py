@@ -85,6 +85,16 @@ def load_tokenizer(path: Path, folder: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def assemble_without_encoders(
+    name: str, path: Path, parts: Mapping[str, Any], *, settings: SamplerSettings
+) -> "DiffusionPipeline":
+    """As `assemble`, but what is not in ``parts`` is left out, all but the scheduler."""
+    index = read_config(path, "model_index.json")
+    named = {key for key, value in index.items() if isinstance(value, list)}
+    left_out = dict.fromkeys(named - {*parts, "scheduler"})
+    return assemble(name, path, {**left_out, **parts}, settings=settings)
+
+
 def assemble(
     name: str, path: Path, parts: Mapping[str, Any], *, settings: SamplerSettings
 ) -> "DiffusionPipeline":

@@ -6,7 +6,7 @@ torch is imported where a part is loaded: facts about files must be at hand with
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastvideo.config.architectures import architecture
 from fastvideo.config.recipe import Model
@@ -24,7 +24,12 @@ from fastvideo.models.family import (
     quiet_libraries,
 )
 from fastvideo.models.folder import files_of, read_config
-from fastvideo.models.parts import assemble, empty_part, load_part
+from fastvideo.models.parts import (
+    assemble,
+    assemble_without_encoders,
+    empty_part,
+    load_part,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, WanTransformer3DModel
@@ -155,8 +160,6 @@ class Wan21:
         transformers: Mapping[str, "ModelMixin"],
     ) -> "DiffusionPipeline":
         """Load the pipeline; VAE and CLIP compute in float32, as Wan's own code does."""
-        from diffusers import AutoencoderKLWan
-
         from fastvideo.models.wan_encoders import image_parts, text_parts
 
         quiet_libraries()
@@ -164,14 +167,35 @@ class Wan21:
             **transformers,
             **text_parts(path, dtype=settings.dtype),
             **(image_parts(path) if "clip_feature" in self.columns(path) else {}),
-            "vae": load_part(AutoencoderKLWan, path, "vae", dtype="float32"),
-            # Some conversions of Wan2.1 carry the boundary of experts that they do not have.
-            "boundary_ratio": check(path, self._model).boundary,
+            **self._decoder_parts(path),
         }
         for folder in self._facts.transformers:
             if folder not in parts:
                 parts[folder] = self.load_transformer(path, folder=folder, dtype=settings.dtype)
         return assemble(self.pipeline, path, parts, settings=settings)
+
+    def load_decoder(self, path: Path, *, settings: SamplerSettings) -> "DiffusionPipeline":
+        """The VAE encodes first images, too."""
+        parts = self._decoder_parts(path)
+        return assemble_without_encoders(self.pipeline, path, parts, settings=settings)
+
+    def _decoder_parts(self, path: Path) -> dict[str, Any]:
+        from diffusers import AutoencoderKLWan
+
+        quiet_libraries()
+        return {
+            "vae": load_part(AutoencoderKLWan, path, "vae", dtype="float32"),
+            # Some conversions of Wan2.1 carry the boundary of experts that they do not have.
+            "boundary_ratio": check(path, self._model).boundary,
+        }
+
+    def conditions(self, text: Text, negative: Text | None) -> dict[str, "Tensor"]:
+        """Text padded to 512 rows."""
+        length = self._facts.text_tokens
+        found = {"prompt_embeds": pad_text([text], length=length)}
+        if negative is not None:
+            found["negative_prompt_embeds"] = pad_text([negative], length=length)
+        return found
 
 
 def first_frame_mask(latent_BCTYX: "Tensor", *, channels: int) -> "Tensor":

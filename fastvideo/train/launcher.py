@@ -8,26 +8,19 @@ import contextlib
 import functools
 import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
-from fastvideo import atomic, hashing, state
-from fastvideo.config.lora import targets
+from fastvideo import atomic, state
 from fastvideo.config.recipe import Recipe
-from fastvideo.config.train import Lora
 from fastvideo.cost import layout
-from fastvideo.cost.adapters import projections
-from fastvideo.cost.layers import Tokens
-from fastvideo.cost.transformer import layers
 from fastvideo.errors import Stopped, UserError
 from fastvideo.log import logger
-from fastvideo.models.family import find_family
-from fastvideo.models.folder import content_hash, find_model, read_config
+from fastvideo.models.folder import find_model, read_config
 from fastvideo.state import RunDir, ShardStore, TrainDir
-from fastvideo.train import attempts
+from fastvideo.train import attempts, begun, inputs
 from fastvideo.train.installed import check_optimizer, check_trackers
 from fastvideo.train.node import parent
 from fastvideo.train.node.brief import LaunchDir
@@ -37,40 +30,6 @@ from fastvideo.train.node.outcome import tell_early
 from fastvideo.train.node.pulse import Watched
 from fastvideo.train.process import Process
 from fastvideo.train.stop import StopRequest, stopped
-from fastvideo.trained import NAMES, model_facts
-
-MAY_CHANGE = (
-    "run_dir",
-    "source",
-    "shards.path",
-    "shards.rows",
-    "model.path",
-    "preprocess",
-    "train.expert",
-    "validation",
-    "export",
-    "generate",
-    "parallel.processes",
-    "parallel.replicate",
-    "parallel.shard",
-    "parallel.sequence",
-    "parallel.cpu_offload",
-    "train.steps",
-    "train.micro_batch_size",
-    "train.device",
-    "train.activation_checkpointing",
-    "train.compile",
-    "train.checkpoint",
-    "train.heldout",
-    "train.watch",
-    "train.log_every_steps",
-    "train.tensorboard",
-    "train.wandb",
-    "train.profile",
-    "train.loader_workers",
-)
-"""What a resumed run may say differently: lengths, cadences, layout, places, other verbs. What
-`source` and `model.path` stand for is compared by content: clips, architecture, shift."""
 
 
 def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
@@ -100,9 +59,9 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
         done = all(_finished(directory, recipe) for directory in directories.values())
         plan = None if done and store.read_plan() is None else state.complete_plan(store)
         # Everything is checked before the first transformer trains, and before anything is written.
-        about = _about(recipe, store, plan) if plan else {name: {} for name in directories}
+        about = inputs.facts(recipe, store, plan) if plan else {name: {} for name in directories}
         if not force:
-            _check_family(recipe)
+            begun.check_family(recipe)
         start = _Start(nodes, stop, force)
         if start.leads:
             locks.callback(stop.leave)
@@ -110,9 +69,10 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
         for name, directory in directories.items():
             held[name] = locks.enter_context(_alone(directory)) if start.leads else None
             if not force:
-                _check_begun(recipe, directory, about[name])
+                begun.check_begun(recipe, directory, about[name])
             if not _finished(directory, recipe):
                 _check_machine(recipe, name, nodes)
+                inputs.check_samples(recipe, store, plan)
         return {
             "trained": {
                 name: _train(recipe, name, plan=plan, about=about[name], start=start, lock=lock)
@@ -150,19 +110,6 @@ def _telling_others(directories: Iterable[TrainDir], nodes: Nodes) -> Iterator[N
         raise
 
 
-def _check_family(recipe: Recipe) -> None:
-    """Transformers of one run are exported together: they must be of one model."""
-    for folder in sorted(RunDir(recipe.run_dir).root.glob("train/*/")):
-        newest = TrainDir(folder).newest_checkpoint()
-        marker = state.read_checkpoint_marker(newest) if newest else None
-        family = marker["about"].get("family") if marker else None
-        if family not in (None, recipe.model.family):
-            raise UserError(
-                f"{folder}: was trained from a {family} model, the recipe says "
-                f"{recipe.model.family}; choose another run_dir"
-            )
-
-
 def _alone(directory: TrainDir) -> AbstractContextManager[IO[str]]:
     """Hold the training's lock; what a killed start left on its way out is waited for."""
     return atomic.alone(directory.lock, busy=_busy(directory), wait_s=LAST_BREATH_S)
@@ -181,24 +128,10 @@ def _check_machine(recipe: Recipe, transformer: str, nodes: Nodes) -> None:
     check_optimizer(recipe.train.optimizer, device=recipe.train.device, offload=offload)
     check_trackers(recipe.train)
     config = read_config(find_model(recipe.model.path), f"{transformer}/config.json")
-    _check_targets(recipe, config)
+    inputs.check_targets(recipe, config)
     processes = _processes(recipe) * nodes.count
     if found := layout.problems(recipe, config, processes=processes):
         raise UserError("\n".join(found))
-
-
-def _check_targets(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Every pattern for adapters must match a projection of this model."""
-    method = recipe.train.method
-    if isinstance(method, Lora):
-        found = layers(config, recipe.model.family, Tokens(video=1, text=1))
-        targets(method, projections(found))
-
-
-def _check_begun(recipe: Recipe, directory: TrainDir, about: dict[str, Any]) -> None:
-    if begun := directory.newest_checkpoint():
-        _check_recipe(recipe, directory)
-        _check_same(begun, about)
 
 
 def _train(
@@ -289,122 +222,12 @@ def _train_alone(
 
 
 def _finished(directory: TrainDir, recipe: Recipe) -> bool:
-    """Whether the last step is done and its held-out loss measured."""
+    """Whether the last step is done, its held-out loss measured and its videos sampled."""
     newest = directory.newest_checkpoint()
     if newest is None:
         return False
     marker = state.read_checkpoint_marker(newest)
     assert marker is not None
-    return bool(marker["step"] >= recipe.train.steps and marker["measured"])
-
-
-def _about(recipe: Recipe, store: ShardStore, plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What decides the result beside the recipe, by transformer; kept in each checkpoint."""
-    path = find_model(recipe.model.path)
-    family = find_family(recipe)
-    family.check(path)
-    _check_shards(recipe, store, plan["settings"], columns=family.columns(path))
-    _check_encoders(path, store, plan["settings"])
-    shared = {
-        "clips": state.data_fingerprint(store, plan),
-        "shift": recipe.train.timesteps.shift or family.flow_shift(path),
-    }
-    return {
-        name: {**model_facts(recipe, path, transformer=name), **shared}
-        for name in recipe.transformers
-    }
-
-
-def _check_recipe(recipe: Recipe, directory: TrainDir) -> None:
-    if not directory.recipe.is_file():
-        return
-    before = dict(_flat(Recipe.load(directory.recipe).model_dump(mode="json")))
-    after = dict(_flat(recipe.model_dump(mode="json")))
-    changed = [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
-    ]
-    if changed:
-        raise UserError(
-            f"{directory.recipe}: this run was started with other values: {'; '.join(changed)}. "
-            "Put them back, choose another run_dir, or go on all the same with --force"
-        )
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _flat(value, f"{prefix}{key}.")
-    else:
-        yield prefix.removesuffix("."), tree
-
-
-def _check_shards(
-    recipe: Recipe, store: ShardStore, settings: dict[str, Any], *, columns: Sequence[str]
-) -> None:
-    """The shards must be what this recipe would make, as far as their settings tell."""
-    wanted = {
-        "family": recipe.model.family,
-        "clip": recipe.clip.model_dump(mode="json"),
-        "dtype": recipe.shards.dtype,
-        "vae_dtype": recipe.shards.vae_dtype,
-        "text_dtype": recipe.shards.text_dtype,
-    }
-    for key, value in wanted.items():
-        if settings[key] != value:
-            raise UserError(
-                f"{store.root}: was encoded with {key} {settings[key]!r}, the recipe says "
-                f"{value!r}; run preprocess, or use the recipe the shards were made with"
-            )
-    made, said = settings["decode"].get("latents"), getattr(recipe.source, "latents", None)
-    if made != said:
-        raise UserError(
-            f"{store.root}: was made with source.latents {made!r}, the recipe says {said!r}; run "
-            "preprocess, or use the recipe the shards were made with"
-        )
-    missing = [name for name in columns if name not in settings["columns"]]
-    if missing:
-        raise UserError(
-            f"{store.root}: holds no {' and no '.join(missing)}, which {recipe.model.path} is "
-            f"conditioned on as {recipe.model.task}; run preprocess with this recipe, or use the "
-            "model the shards were made for"
-        )
-
-
-PARTS = {"vae": "VAE", "text": "text encoder", "image": "image encoder"}
-
-
-def _check_encoders(path: Path, store: ShardStore, settings: dict[str, Any]) -> None:
-    """Where the model's encoders are at hand, they must be those the shards were encoded with.
-
-    Of the VAE every file counts; of the others, which may be tens of GB, the configs.
-    """
-    hashes = hashing.HashCache(store.hashes)
-    for part, files in settings["encoders"].items():
-        for name, sha256 in files.items():
-            file = path / name
-            looked_at = file.is_file() and (part == "vae" or file.suffix == ".json")
-            if looked_at and content_hash(file, hashes) != sha256:
-                raise UserError(
-                    f"{store.root}: was encoded with another {PARTS[part]} than {file}; "
-                    "run preprocess, or use the model.path the shards were made with"
-                )
-
-
-def _check_same(begun: Path, about: dict[str, Any]) -> None:
-    """The newest checkpoint must come from the same clips, architecture and shift."""
-    marker = state.read_checkpoint_marker(begun)
-    assert marker is not None
-    names = {
-        **NAMES,
-        "clips": "the shards hold other clips, or other ones are held out",
-        "shift": "the base model's flow_shift is another",
-    }
-    for key, value in about.items():
-        if marker["about"].get(key) != value:
-            raise UserError(
-                f"{begun}: was trained when this was different: {names[key]}. Choose another "
-                "run_dir for a new run, or go on from here with --force (and more train.steps)"
-            )
+    done = bool(marker["step"] >= recipe.train.steps and marker["measured"])
+    sampled = directory.sampled_marker(marker["step"]).is_file()
+    return done and (sampled or recipe.train.samples is None)

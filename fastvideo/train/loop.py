@@ -33,6 +33,7 @@ from fastvideo.train.metrics import Metrics, peak_memory_gib
 from fastvideo.train.optimizer import clip_grad_norm
 from fastvideo.train.parallel import Runner, Team
 from fastvideo.train.profile import Profiler
+from fastvideo.train.sampler import Sampler
 from fastvideo.train.saver import Saver
 from fastvideo.train.schedule import learning_rate_factor
 from fastvideo.train.stopwatch import Stopwatch
@@ -56,6 +57,7 @@ class Job:
     draw: Draw
     heldout: Draw
     method: Method
+    sampler: Sampler | None = None
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,16 @@ class Loop:
         measured = start.measured or self._measure_heldout(start.step)
         if start.step > 0 and measured and not start.measured and job.team.leads:
             checkpoint.amend(job.directory.checkpoint(start.step), measured=True)
-        self._check_stop(start.step, measured=measured, saved=True)
+        sampled = self._sample(start.step)
+        self._check_stop(start.step, measured=measured, sampled=sampled, saved=True)
         for step in range(start.step + 1, train.steps + 1):
             self.one_step(step)
             self._saver.check()
             self.record(step)
             measured = self._measure_heldout(step)
             saved = self._save_if_due(step, measured=measured)
-            self._check_stop(step, measured=measured, saved=saved)
+            sampled = self._sample(step)
+            self._check_stop(step, measured=measured, sampled=sampled, saved=saved)
             self._profiler.step()
         self._saver.finish()
 
@@ -342,6 +346,17 @@ class Loop:
         summed: list[float] = job.team.total(totals.to(job.team.device)).tolist()
         return summed
 
+    def _sample(self, step: int) -> bool:
+        """Sample the videos that are due; False if a stop was asked for before it was finished.
+
+        A checkpoint of this step comes first: what is missing of its videos can be made from it.
+        """
+        sampler, metrics = self._job.sampler, self._metrics
+        if sampler is None:
+            return True
+        with self._stopwatch.phase("sampling"):
+            return sampler.sample(step, show=metrics.show if metrics is not None else None)
+
     # ------------------------------------------------------------ checkpoints and stops
 
     def _save_if_due(self, step: int, *, measured: bool) -> bool:
@@ -373,7 +388,7 @@ class Loop:
             self._saver.save(job.saved, step=step, about=about, wait=wait)
         self._saved_s = time.monotonic()
 
-    def _check_stop(self, step: int, *, measured: bool, saved: bool) -> None:
+    def _check_stop(self, step: int, *, measured: bool, sampled: bool, saved: bool) -> None:
         """Save, unless ``saved``, and end if a stop was asked for.
 
         After the last step there is nothing left to stop, before the first one nothing to save.
@@ -383,7 +398,7 @@ class Loop:
         if not any(job.team.any(reason is not None)):
             return
         stop.honour()
-        if step == job.train.steps and measured:
+        if step == job.train.steps and measured and sampled:
             return
         if not saved:
             self._save(step, measured=measured, wait=True)

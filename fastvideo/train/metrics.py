@@ -7,6 +7,8 @@ import resource
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
@@ -36,7 +38,9 @@ class Metrics:
         directory.root.mkdir(parents=True, exist_ok=True)
         kept = _keep_until(directory, start_step, measured=measured)
         self._file = open(directory.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
-        self._boards = _boards(directory, kept) if train.tensorboard else {}
+        # Records may be rarer than checkpoints, at whose step pictures are shown once.
+        until = start_step if start_step and measured else -1
+        self._boards = _boards(directory, kept, until=until) if train.tensorboard else {}
         self._wandb = None
         if train.wandb is not None:
             self._wandb = WandbRun(directory, start_step=start_step, train=train)
@@ -64,6 +68,14 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.write(step, scalars)
 
+    def show(self, step: int, images: Mapping[str, npt.NDArray[np.uint8]]) -> None:
+        """Draw pictures (H, W, 3) after a step, by name."""
+        if self._boards:
+            for name, image_HWC in images.items():
+                self._boards["step"].add_image(name, image_HWC, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.show(step, images)
+
     def close(self) -> None:
         """Flush everything."""
         self._file.close()
@@ -83,14 +95,17 @@ class Metrics:
                     self._boards[axis].add_scalar(f"by_{axis}/{name}", scalars[name], at)
 
 
-def _boards(directory: TrainDir, kept: list[dict[str, Any]]) -> dict[str, SummaryWriter]:
+def _boards(
+    directory: TrainDir, kept: list[dict[str, Any]], *, until: int
+) -> dict[str, SummaryWriter]:
     """An event file for each x axis: a resume makes TensorBoard forget all beyond its point of x.
 
-    What a killed run logged after ``kept`` is forgotten in this way.
+    What a killed run logged after ``kept`` and the step ``until`` is forgotten in this way.
     """
     folders = {"step": directory.tensorboard}
     folders |= {axis: directory.tensorboard / f"by_{axis}" for axis in AXES}
     last = {axis: max((r[axis] for r in kept if axis in r), default=-1) for axis in folders}
+    last["step"] = max(last["step"], until)
     return {
         axis: SummaryWriter(str(folder), purge_step=last[axis] + 1)
         for axis, folder in folders.items()

@@ -84,6 +84,22 @@ class Team:
         """Tell of each flag whether one process at least raised it; waits for all."""
         return [bool(flag) for flag in self.largest(*map(float, flags))]
 
+    def agreed(self, value: Any) -> Any:
+        """What process 0 has, in all of them: file systems of a cluster may lag."""
+        if self.control is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self.control, group_src=0)
+        return values[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process has, in their order; for small values."""
+        if self.control is None:
+            return [value]
+        values = [None] * self.process.count
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def largest(self, *values: float) -> list[float]:
         """The largest of each value over all processes; waits for all."""
         if self.control is None:

@@ -9,10 +9,10 @@ from typing import Literal
 
 import torch
 
-Phase = Literal["data", "forward", "backward", "optimizer", "save", "heldout"]
+Phase = Literal["data", "forward", "backward", "optimizer", "save", "heldout", "sampling"]
 
 # The host's own work: the GPU may still compute what it was told before.
-HOST_PHASES = ("data", "save")
+HOST_PHASES = ("data", "save", "sampling")
 _SETTLE_ABOVE = 256
 
 

@@ -6,6 +6,9 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fastvideo import atomic
 from fastvideo.config.train import Train, Wandb
 from fastvideo.log import logger
@@ -35,6 +38,11 @@ class WandbRun:
         """Report the numbers of a step."""
         if self._run is not None:
             self._attempt(lambda: self._run.log(dict(values), step=step))
+
+    def show(self, step: int, images: Mapping[str, npt.NDArray[np.uint8]]) -> None:
+        """Report pictures (H, W, 3) of a step."""
+        if self._run is not None:
+            self._attempt(lambda: self._run.log(_pictures(images), step=step))
 
     def close(self) -> None:
         """Say that it is over; waits for the network for half a minute at most."""
@@ -84,3 +92,9 @@ class WandbRun:
                 type(error).__name__,
                 error,
             )
+
+
+def _pictures(images: Mapping[str, npt.NDArray[np.uint8]]) -> dict[str, Any]:
+    import wandb
+
+    return {name: wandb.Image(image_HWC) for name, image_HWC in images.items()}

@@ -37,6 +37,7 @@ from fastvideo.train.node.pulse import SAVE_FACTOR, START_MINUTES
 from fastvideo.train.optimizer import build_optimizer
 from fastvideo.train.parallel import Runner, Team
 from fastvideo.train.process import Process
+from fastvideo.train.sampler import Sampler, forget_after
 from fastvideo.train.throughput import Work
 
 
@@ -104,10 +105,13 @@ def _job(
     files = functools.cache(lambda: WeightFiles(path, folder=transformer))
     method.load_frozen(saved.model, files)
     start = _resume(directory, saved, team)
+    if team.leads:
+        forget_after(directory, start.step)
     if start.step == 0:
         method.begin(saved.model, files)
         checkpoint.begin_average(saved)
     runner = Runner(saved.model, team, recipe.parallel)
+    sampler = _sampler(recipe, path, transformer=transformer, saved=saved, team=team)
     if team.leads:
         _tell(recipe, transformer, saved, draws, start)
     job = loop.Job(
@@ -120,21 +124,50 @@ def _job(
         draw=draws[0],
         heldout=draws[1],
         method=method,
+        sampler=sampler,
     )
     return job, start
 
 
+def _sampler(
+    recipe: Recipe, path: Path, *, transformer: str, saved: checkpoint.Saved, team: Team
+) -> Sampler | None:
+    if recipe.train.samples is None:
+        return None
+    method = build_method(recipe.train)
+    part: checkpoint.Part = "average" if recipe.train.ema else "model"
+
+    def load(other: str, newest: Path | None) -> nn.Module:
+        model = empty_model(recipe, path, transformer=other, team=team)
+        files = functools.cache(lambda: WeightFiles(path, folder=other))
+        method.load_frozen(model, files)
+        if newest is None:
+            method.begin(model, files)
+        else:
+            checkpoint.load_weights(newest, model, part=part, group=team.control)
+        return model.requires_grad_(False).eval()
+
+    return Sampler(recipe, path, team=team, transformer=transformer, saved=saved, load=load)
+
+
 def empty_state(recipe: Recipe, path: Path, *, transformer: str, team: Team) -> checkpoint.Saved:
     """Build model and optimizer as the layout says; the weights have memory, but no numbers yet."""
+    train = recipe.train
+    model = empty_model(recipe, path, transformer=transformer, team=team)
+    model.train()
+    averaged = average.empty_average(model) if train.ema else {}
+    return checkpoint.Saved(model, build_optimizer(model, train.optimizer), averaged)
+
+
+def empty_model(recipe: Recipe, path: Path, *, transformer: str, team: Team) -> nn.Module:
+    """Build a transformer with our forward as the layout says, without numbers."""
     train, family = recipe.train, find_family(recipe)
     model: nn.Module = family.empty_transformer(path, folder=transformer)
     build_method(train).prepare(model)
     recompute = train.activation_checkpointing
     family.attach(model, Execution(recompute, train.compile, team.sequence))
     parallel.place(model, team, recipe.parallel, dtype=getattr(torch, train.dtype))
-    model.train()
-    averaged = average.empty_average(model) if train.ema else {}
-    return checkpoint.Saved(model, build_optimizer(model, train.optimizer), averaged)
+    return model
 
 
 def _tell(

@@ -21,7 +21,7 @@ from fastvideo.models.flow import sigma_at
 from fastvideo.models.tiny import write_tiny
 from fastvideo.preprocess import preprocess
 from fastvideo.state import ShardStore
-from fastvideo.train import launcher, worker
+from fastvideo.train import inputs, worker
 from fastvideo.train.draw import Draw
 from tests.tiny_world import Pair, World, in_fork, make_world
 
@@ -50,7 +50,7 @@ def draw_of(recipe: Recipe, folder: str) -> Draw:
     """What the training of one expert draws its samples with."""
     store = ShardStore(recipe.shards.path)
     plan = state.complete_plan(store)
-    about = launcher._about(recipe, store, plan)[folder]
+    about = inputs.facts(recipe, store, plan)[folder]
     columns = find_family(recipe).columns(Path(recipe.model.path))
     return worker._draws(recipe, plan, columns=columns, about=about)[0]
 

@@ -19,7 +19,7 @@ from fastvideo.export import export
 from fastvideo.models.tiny import write_tiny
 from fastvideo.preprocess import preprocess
 from fastvideo.state import ShardStore, complete_plan
-from fastvideo.train import launcher
+from fastvideo.train import inputs
 from fastvideo.train.launcher import train
 from tests.tiny_world import PAIRS, Pair, World, in_fork, make_world
 
@@ -225,7 +225,7 @@ def checked(lab: Lab, name: str, *overrides: str) -> None:
     """What training checks before it begins."""
     recipe = lab.worlds[name].load(*overrides)
     store = ShardStore(recipe.shards.path)
-    launcher._about(recipe, store, complete_plan(store))
+    inputs.facts(recipe, store, complete_plan(store))
 
 
 def test_shards_of_another_family_are_refused(lab: Lab, tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ SIZE, WORDS = 128, 16384
 """Bytes of the beat of one process, and of its last words, which follow."""
 START, ENDED = "start", "ended"
 """The phases before a process trains and after all is done."""
-HELDOUT, SAVE = "heldout", "save"
-"""Phases of the loop that are not part of a step."""
+HELDOUT, SAVE, OPEN, SAMPLING = "heldout", "save", "open", "sampling"
+"""Phases of the loop that are not part of a step; models to sample with are opened."""
 START_MINUTES = 10.0
 SAVE_FACTOR = 4
-"""A save, which beats once and may go to a slow file system, gets so many times the patience."""
+"""Files of many GB may be on a slow file system: a save, or opening models, which beat once, get so
+many times the patience."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ class Standstill:
 class Patience:
     """How long processes may be without a beat before they hang.
 
-    A start, which imports, loads, and compiles in its first step, gets some more; so does a save.
+    A start, which imports, loads, and compiles in its first step, gets some more; so do a save and
+    the opening of models.
     """
 
     def __init__(self, hang_minutes: float) -> None:
@@ -151,12 +153,12 @@ class Patience:
     def minutes(self, beats: Mapping[int, Beat]) -> float:
         """What processes with these beats get; it remembers the first step of each."""
         starting = [self._is_starting(beat) for beat in beats.values()]
-        saving = any(beat.phase == SAVE for beat in beats.values())
+        with_files = any(beat.phase in (SAVE, OPEN) for beat in beats.values())
         least = START_MINUTES if any(starting) or not beats else 0.0
-        return max(self._minutes * (SAVE_FACTOR if saving else 1), least)
+        return max(self._minutes * (SAVE_FACTOR if with_files else 1), least)
 
     def _is_starting(self, beat: Beat) -> bool:
-        if beat.phase not in (START, HELDOUT):
+        if beat.phase not in (START, HELDOUT, OPEN, SAMPLING):
             self._first.setdefault(beat.rank, beat.step)
         return beat.step <= self._first.get(beat.rank, beat.step)
 

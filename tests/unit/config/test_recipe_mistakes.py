@@ -34,6 +34,7 @@ MISTAKES = [
     ("train.method.kind=fulll", ["train.method.kind", "'fulll'", "did you mean full"]),
     ("train.expert=high", ["train.expert=high", "wan2.1", "remove the key"]),
     ("train.micro_batch_size=3", ["micro_batch_size=3", "global_batch_size=4", "1, 2, 4"]),
+    ("train.samples={}", ["train.samples", "validation.prompts", "run preprocess"]),
     ("train.text_dropout=1.5", ["train.text_dropout", "1.5", "less than or equal to 1"]),
     ("clip.num_frames=10", ["clip.num_frames=10", "4n+1", "nearest is 9"]),
     ("clip.height=70", ["clip.height=70", "multiple of 16", "nearest is 64"]),

@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb  # noqa: F401  once, for the processes that are forked from here
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -40,6 +41,16 @@ def write(root: Path, steps: range, *, start_step: int, train: Train | None = No
         for step in steps:
             metrics.write(step, record(step))
     return directory
+
+
+def show(directory: TrainDir, *steps: int, start_step: int, train: Train) -> None:
+    """A picture for each of some steps; a run beyond its start has a checkpoint."""
+    measured = start_step > 0
+    with closing(
+        Metrics(directory, start_step=start_step, train=train, measured=measured)
+    ) as metrics:
+        for step in steps:
+            metrics.show(step, {"samples/0000": np.full((8, 8, 3), step, np.uint8)})
 
 
 def lines(directory: TrainDir) -> list[dict[str, Any]]:
@@ -94,6 +105,20 @@ def test_a_run_that_starts_anew_leaves_nothing_of_the_old_one(tmp_path: Path) ->
     assert [x for x, _ in curve(directory.tensorboard, "loss")] == [0, 1, 2]
 
 
+def test_pictures_are_shown_once_and_those_beyond_the_checkpoint_are_forgotten(
+    tmp_path: Path,
+) -> None:
+    """Records are rare here: they do not say how far the run was."""
+    directory = RunDir(tmp_path).training()
+
+    for start_step, steps in ((0, [0]), (0, [0, 5, 10]), (5, [10])):
+        show(directory, *steps, start_step=start_step, train=Train())
+        age(directory)
+    events = EventAccumulator(str(directory.tensorboard))
+    events.Reload()
+    assert [image.step for image in events.Images("samples/0000")] == [0, 5, 10]
+
+
 def test_numbers_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
     directory = RunDir(tmp_path).training()
     with closing(Metrics(directory, start_step=0, train=Train())) as metrics:
@@ -146,6 +171,17 @@ def test_wandb_offline_holds_every_record_of_one_run_over_restarts(tmp_path: Pat
     assert first[1] == [{"_step": step, **record(step)} for step in range(1, 5)]
     assert second[1] == [{"_step": step, **record(step)} for step in range(3, 6)]
     assert len(lines(RunDir(tmp_path).training())) == 5
+
+
+@pytest.mark.usefixtures("no_account")
+def test_wandb_offline_holds_pictures(tmp_path: Path) -> None:
+    directory = RunDir(tmp_path).training()
+    apart(lambda: show(directory, 0, 5, start_step=0, train=WITH_WANDB))
+    (file,) = directory.root.glob("wandb/offline-run-*/*.wandb")
+    _, history = reported(file)
+    assert [entry["_step"] for entry in history] == [0, 5]
+    assert all("samples/0000" in str(entry) for entry in history)
+    assert len(list(directory.root.glob("wandb/offline-run-*/files/media/images/**/*.png"))) == 2
 
 
 @pytest.mark.usefixtures("no_account")

@@ -95,10 +95,13 @@ def test_a_start_lasts_until_the_second_step_and_a_save_may_take_longer() -> Non
     assert minutes() == START_MINUTES
     assert minutes(beat(0, 0, START, 1), beat(1, 0, START, 1)) == START_MINUTES
     assert minutes(beat(0, 40, "heldout", 2), beat(1, 0, START, 1)) == START_MINUTES
+    assert minutes(beat(0, 40, "open", 2), beat(1, 40, "sampling", 2)) == START_MINUTES
     assert minutes(beat(0, 41, "forward", 3), beat(1, 41, "data", 3)) == START_MINUTES, "compiles"
     assert minutes(beat(0, 42, "data", 4), beat(1, 41, "backward", 4)) == START_MINUTES
     assert minutes(beat(0, 42, "data", 4), beat(1, 42, "data", 5)) == 1
     assert minutes(beat(0, 42, "data", 4), beat(1, 42, "save", 5)) == 4
+    assert minutes(beat(0, 42, "sampling", 4), beat(1, 42, "open", 5)) == 4
+    assert minutes(beat(0, 42, "sampling", 6), beat(1, 42, "sampling", 6)) == 1
     assert minutes(beat(0, 42, "heldout", 6), beat(1, 42, "heldout", 6)) == 1
     assert Patience(30).minutes({}) == 30
 
