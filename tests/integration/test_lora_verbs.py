@@ -231,7 +231,7 @@ def test_the_share_that_is_kept_is_that_of_the_nearest_matrix() -> None:
 def test_converted_there_and_back_is_the_same_file(tmp_path: Path) -> None:
     for pair in (Pair(task="i2v"), Pair("hunyuan-video")):
         names = [tmp_path / f"{pair}-{n}.safetensors" for n in ("a", "b", "c")]
-        write_lora(names[0], random_adapter(pair))
+        write_lora(names[0], random_adapter(pair), about={"license": "apache-2.0"})
         given, middle, again = map(str, names)
         assert run(["lora", "convert", given, middle, "--to", "comfyui"]) == 0
         assert run(["lora", "convert", middle, again, "--to", "diffusers"]) == 0
@@ -267,6 +267,7 @@ MISTAKES = {
     "extract --base {base} --tuned {other} {root}/out": "differs from that of --base in eps",
     "convert {lora} {root}/out --to comfyui": "ends in .safetensors",
     "convert {lora} {lora} --to comfyui": "exists; remove it or choose",
+    "convert {foreign} {root}/x.safetensors --to diffusers": "a is no projection of Wan or Hunyuan",
     "convert {vae} {root}/x.safetensors --to comfyui": "is no part of a LoRA",
 }
 
@@ -280,6 +281,8 @@ def test_mistakes_are_named_and_leave_nothing(
     config = json.loads((other / "transformer/config.json").read_text())
     (other / "transformer/config.json").write_text(json.dumps({**config, "eps": 1e-5}))
     write_lora(tmp_path / "lora.safetensors", random_adapter(WAN21))
+    foreign = {f"a.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(foreign, tmp_path / "foreign.safetensors")
     places = {
         "base": base,
         "a14b": models / str(A14B),
@@ -287,6 +290,7 @@ def test_mistakes_are_named_and_leave_nothing(
         "other": other,
         "root": tmp_path,
         "lora": tmp_path / "lora.safetensors",
+        "foreign": tmp_path / "foreign.safetensors",
         "vae": base / "vae" / NAME,
     }
     before = sorted(tmp_path.rglob("*"))
