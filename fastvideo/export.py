@@ -79,7 +79,8 @@ def _write(
     link = recipe.export.components == "link"
     # The base may be an export itself, with a card and a marker of its own.
     without = (*checkpoints, model_card.NAME, run_dir.export_marker.name)
-    with replacing_folder(run_dir.export, marker=run_dir.export_marker) as temporary:
+    folder, vouches = run_dir.export, run_dir.export_marker
+    with replacing_folder(folder, point="export", marker=vouches) as temporary:
         copy_parts(base, temporary, without=without, link=link)
         for name, checkpoint in checkpoints.items():
             _write_transformer(recipe, temporary / name, base=base, checkpoint=checkpoint)

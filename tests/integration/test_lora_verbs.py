@@ -22,7 +22,7 @@ from fastvideo.models.lora_folder import FILES
 from fastvideo.models.tiny import write_tiny
 from fastvideo.models.weights import NAME
 from tests.lora_files import in_blocks, load, random_adapter, same, sample
-from tests.tiny_world import PAIRS, WAN21, Pair
+from tests.tiny_world import PAIRS, WAN21, Pair, digests, in_fork, passes
 
 A14B = Pair("wan2.2-a14b")
 TOLERANCE = 1e-5
@@ -223,6 +223,28 @@ def test_the_share_that_is_kept_is_that_of_the_nearest_matrix() -> None:
     pair, share = decompose(change, how=Extraction(energy=0.6))
     _, less = decompose(change, how=Extraction(rank=pair.rank - 1))
     assert less < 0.6 <= share
+
+
+def test_a_kill_at_any_moment_leaves_nothing_or_all_of_it(models: Path, tmp_path: Path) -> None:
+    base, out = str(models / str(WAN21)), tmp_path / "out/loras"
+    write_lora(tmp_path / "x.safetensors", small(WAN21, only=in_blocks))
+    merge(base, [str(tmp_path / "x.safetensors")], tmp_path / "tuned")
+
+    def again() -> None:
+        extract(base, str(tmp_path / "tuned"), out, how=Extraction(rank=4))
+
+    assert in_fork(again, fault_log=tmp_path / "points") == 0
+    whole = digests(out.parent, "**/*", "**/.*")
+    points = passes(tmp_path / "points")
+    assert len(points) > 6
+    for point in points:
+        shutil.rmtree(out)
+        assert in_fork(again, fault=point) == -9, point
+        if out.exists():
+            assert digests(out.parent, "**/*", "**/.*") == whole
+        else:
+            assert in_fork(again) == 0
+        assert digests(out.parent, "**/*", "**/.*") == whole, "and leftovers are swept"
 
 
 # ---------------------------------------------------------------- convert, command line
