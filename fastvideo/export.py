@@ -88,7 +88,8 @@ def _write(
     made_from: Mapping[str, Any],
 ) -> None:
     run_dir = RunDir(recipe.run_dir)
-    with replacing_folder(run_dir.export, marker=run_dir.export_marker) as temporary:
+    folder, vouches = run_dir.export, run_dir.export_marker
+    with replacing_folder(folder, point="export", marker=vouches) as temporary:
         if isinstance(recipe.train.method, Lora):
             _write_adapters(recipe, temporary, base=base, checkpoints=checkpoints)
         else:

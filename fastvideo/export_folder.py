@@ -14,11 +14,12 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: Path, *, marker: Path | None = None) -> Iterator[Path]:
+def replacing_folder(folder: Path, *, point: str, marker: Path | None = None) -> Iterator[Path]:
     """Yield a temporary folder to fill; then it is synced and takes the place of ``folder``.
 
     Args:
         folder: A complete one stays until the new one is.
+        point: Names the fault points.
         marker: Vouches for the old folder and is in the new one: the old one goes first.
     """
     temporary = atomic.temporary_name(folder)
@@ -27,12 +28,17 @@ def replacing_folder(folder: Path, *, marker: Path | None = None) -> Iterator[Pa
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        atomic.fault(f"{point}.write")
         for path in temporary.rglob("*"):
             atomic.sync(path)
+        atomic.fault(f"{point}.fsync")
         if marker is not None:
             marker.unlink(missing_ok=True)
+            atomic.fault(f"{point}.unmark")
         shutil.rmtree(folder, ignore_errors=True)
+        atomic.fault(f"{point}.clear")
         temporary.rename(folder)
+        atomic.fault(f"{point}.rename")
         atomic.sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

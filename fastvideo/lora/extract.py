@@ -83,7 +83,7 @@ def extract(base: str, tuned: str, out: Path, *, how: Extraction) -> dict[str, A
         _check_pair(one, other, name)
     device = pick_device(how.device)
     reports = {}
-    with replacing_folder(out) as temporary:
+    with replacing_folder(out, point="lora") as temporary:
         for name in one.transformers:
             kept = _extract(one, other, name, how=how, device=device)
             if kept.pairs:

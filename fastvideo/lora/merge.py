@@ -55,7 +55,7 @@ def merge(
     merged: dict[str, list[Chosen]] = defaultdict(list)
     for lora in chosen:
         merged[lora.transformer].append(lora)
-    with replacing_folder(out) as temporary, naming("--base"):
+    with replacing_folder(out, point="lora") as temporary, naming("--base"):
         without = (*merged, model_card.NAME, EXPORT_MARKER)
         copy_parts(model.path, temporary, without=without, link=link)
         for name, parts in merged.items():

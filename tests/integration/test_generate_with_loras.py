@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``generate.loras``: what plain diffusers gives, sampled anew when they change, refused early."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_videos_are_made_and_say_with_which_loras(world: World) -> None:
     assert videos[0].read_bytes() != videos[1].read_bytes()
     assert '"transformer": "transformer"' in videos[1].with_suffix(".json").read_text()
     assert "loras" not in videos[0].with_suffix(".json").read_text()
+
+
+def test_loras_are_added_to_an_export_as_well(world: World, tiny_model: Path) -> None:
+    """Here the base model itself stands in for one."""
+    file = world.root / "x.safetensors"
+    write_lora(file, random_adapter(WAN21))
+    with_lora = f"generate.loras=[{{path: {file}}}]"
+    (base, _) = generate(world.load(BASE, with_lora))["videos"]
+    shutil.copytree(tiny_model, world.run_dir / "export")
+    (world.run_dir / "export/fastvideo.json").write_text("{}")
+    (exported, _) = generate(world.load(with_lora))["videos"]
+    assert exported != base and Path(exported).read_bytes() == Path(base).read_bytes()
 
 
 def test_a_lora_of_another_model_is_refused_before_torch_is_loaded(world: World) -> None:

@@ -22,7 +22,7 @@ from fastvideo.models.tiny import write_tiny
 from fastvideo.models.weights import NAME
 from fastvideo.state import LORA_FILES
 from tests.lora_files import in_blocks, load, random_adapter, same, sample
-from tests.tiny_world import PAIRS, WAN21, Pair
+from tests.tiny_world import PAIRS, WAN21, Pair, digests, in_fork, passes
 
 A14B = Pair("wan2.2-a14b")
 TOLERANCE = 1e-5
@@ -228,13 +228,35 @@ def test_the_share_that_is_kept_is_that_of_the_nearest_matrix() -> None:
     assert less < 0.6 <= share
 
 
+def test_a_kill_at_any_moment_leaves_nothing_or_all_of_it(models: Path, tmp_path: Path) -> None:
+    base, out = str(models / str(WAN21)), tmp_path / "out/loras"
+    write_lora(tmp_path / "x.safetensors", small(WAN21, only=in_blocks))
+    merge(base, [str(tmp_path / "x.safetensors")], tmp_path / "tuned")
+
+    def again() -> None:
+        extract(base, str(tmp_path / "tuned"), out, how=Extraction(rank=4))
+
+    assert in_fork(again, fault_log=tmp_path / "points") == 0
+    whole = digests(out.parent, "**/*", "**/.*")
+    points = passes(tmp_path / "points")
+    assert len(points) > 6
+    for point in points:
+        shutil.rmtree(out)
+        assert in_fork(again, fault=point) == -9, point
+        if out.exists():
+            assert digests(out.parent, "**/*", "**/.*") == whole
+        else:
+            assert in_fork(again) == 0
+        assert digests(out.parent, "**/*", "**/.*") == whole, "and leftovers are swept"
+
+
 # ---------------------------------------------------------------- convert, command line
 
 
 def test_converted_there_and_back_is_the_same_file(tmp_path: Path) -> None:
     for pair in (Pair(task="i2v"), Pair("hunyuan-video")):
         names = [tmp_path / f"{pair}-{n}.safetensors" for n in ("a", "b", "c")]
-        write_lora(names[0], random_adapter(pair))
+        write_lora(names[0], random_adapter(pair), about={"license": "apache-2.0"})
         given, middle, again = map(str, names)
         assert run(["lora", "convert", given, middle, "--to", "comfyui"]) == 0
         assert run(["lora", "convert", middle, again, "--to", "diffusers"]) == 0
@@ -270,6 +292,7 @@ MISTAKES = {
     "extract --base {base} --tuned {other} {root}/out": "differs from that of --base in eps",
     "convert {lora} {root}/out --to comfyui": "ends in .safetensors",
     "convert {lora} {lora} --to comfyui": "exists; remove it or choose",
+    "convert {foreign} {root}/x.safetensors --to diffusers": "a is no projection of Wan or Hunyuan",
     "convert {vae} {root}/x.safetensors --to comfyui": "is no part of a LoRA",
 }
 
@@ -283,6 +306,8 @@ def test_mistakes_are_named_and_leave_nothing(
     config = json.loads((other / "transformer/config.json").read_text())
     (other / "transformer/config.json").write_text(json.dumps({**config, "eps": 1e-5}))
     write_lora(tmp_path / "lora.safetensors", random_adapter(WAN21))
+    foreign = {f"a.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(foreign, tmp_path / "foreign.safetensors")
     places = {
         "base": base,
         "a14b": models / str(A14B),
@@ -290,6 +315,7 @@ def test_mistakes_are_named_and_leave_nothing(
         "other": other,
         "root": tmp_path,
         "lora": tmp_path / "lora.safetensors",
+        "foreign": tmp_path / "foreign.safetensors",
         "vae": base / "vae" / NAME,
     }
     before = sorted(tmp_path.rglob("*"))
