@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "diffusers", "transformers", "peft", "pyarrow", "av", "numpy"}
+HEAVY = {"torch", "diffusers", "transformers", "peft", "pyarrow", "datasets", "av", "numpy"}
 # Below fastvideo/, from docs/design.md; the linter refuses names that do not exist yet.
 TORCH_FREE = (
     "config",
