@@ -27,7 +27,8 @@ class Lora(Spec):
     alpha: PositiveFloat | None = None
     """An adapter's output is scaled by alpha / rank; empty is the rank: a scale of 1."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of an adapter's inputs that are set to zero, the same ones for all tokens of a sample."""
+    """Share of an adapter's inputs that are set to zero, the same ones for all tokens of a
+    sample."""
     targets: Literal["attention", "blocks"] | tuple[str, ...] = "blocks"
     """Projections that get an adapter: those of attention, or the feed-forward layers as well; or
     regular expressions, each of which must match whole names of modules as diffusers has them."""
