@@ -95,19 +95,17 @@ def judge(
     taken: set[str] = set()
     for item in items:
         found = examined[item.origin] if item.origin is not None else None
-        name = _name(item, found, taken=taken)
-        taken.add(name)
+        name = _name(item, found, taken=taken) if found else item.id
+        taken |= {name} if found else set()
         rows.append(_judge_one(item, name=name, found=found, clip=recipe.clip, source=source))
     return rows if source.filters.allow_duplicates else without_duplicates(rows)
 
 
-def _name(item: Item, found: Examined | None, *, taken: Collection[str]) -> str:
-    """What the source calls a clip; rows of data files without a name of their own get one.
+def _name(item: Item, found: Examined, *, taken: Collection[str]) -> str:
+    """What the source calls a clip, if it does and no other one has that name.
 
-    It follows from their content, so that it stays when rows move to other files.
+    Else its name follows from its content, so that it stays when rows move to other files.
     """
-    if found is None or item.origin is None or item.origin.row is None:
-        return item.id
     digest = found.sha256[:16]
     names = (item.id or digest, f"{item.id}#{digest}", f"{digest}#{item.origin}")
     name = next((name for name in names if name not in taken), names[-1])

@@ -10,8 +10,29 @@ from fastvideo.config.recipe import HfSource
 from fastvideo.data.hf.cells import holds_texts, holds_videos, is_video_struct
 from fastvideo.errors import UserError
 
-VIDEO_NAMES = ("video", "mp4", "clip", "file_name", "video_path", "path", "file")
-CAPTION_NAMES = ("caption", "captions", "cap", "text", "prompt", "description", "txt")
+VIDEO_NAMES = (
+    "video",
+    "mp4",
+    "webm",
+    "mkv",
+    "mov",
+    "avi",
+    "clip",
+    "file_name",
+    "video_path",
+    "path",
+    "file",
+)
+CAPTION_NAMES = (
+    "caption",
+    "captions",
+    "cap",
+    "text",
+    "prompt",
+    "description",
+    "txt",
+    "json.caption",
+)
 """What is looked for, in this order, where the recipe names no column."""
 
 Types = Mapping[str, pa.DataType | None]

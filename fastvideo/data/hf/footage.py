@@ -14,6 +14,7 @@ from fastvideo.data.hf.cells import TableRow
 from fastvideo.data.hf.columns import Types, choose_columns
 from fastvideo.data.hf.parquet_table import ParquetTable
 from fastvideo.data.hf.root import Root, find_root
+from fastvideo.data.hf.tar_table import TarTable
 from fastvideo.data.hf.text_table import TextTable
 from fastvideo.errors import UserError
 
@@ -41,6 +42,7 @@ class Table(Protocol):
 TABLES: dict[str, Callable[[Root, str], Table]] = {
     **dict.fromkeys((".parquet", ".geoparquet", ".gpq"), ParquetTable),
     **dict.fromkeys((".arrow",), ArrowTable),
+    **dict.fromkeys((".tar",), TarTable),
     **dict.fromkeys((".csv", ".tsv", ".json", ".jsonl", ".ndjson"), TextTable),
 }
 """What reads a data file, by its suffix."""

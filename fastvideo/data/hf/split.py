@@ -63,7 +63,8 @@ def _folder(source: HfSource, files: Sequence[str]) -> SplitFiles:
         raise UserError(
             f"source.path={source.path}: the split {source.split} is a folder of {len(files)} "
             "videos without captions; put metadata.csv or metadata.jsonl beside them, with the "
-            "columns file_name and caption"
+            "columns file_name and caption, or name the file that has them as data_files in the "
+            "folder's README.md"
         )
     return SplitFiles(tuple(tables), is_folder=True)
 
