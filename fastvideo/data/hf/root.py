@@ -29,7 +29,11 @@ class Root(Protocol):
         ...
 
     def relative(self, address: str) -> str:
-        """The path of a file that ``datasets`` names."""
+        """The path of a file that ``datasets`` names.
+
+        Raises:
+            UserError: It is elsewhere.
+        """
         ...
 
     def stamp(self, file: str) -> Stamp:
@@ -78,6 +82,13 @@ def find_root(source: HfSource) -> Root:
     return LocalRoot(_snapshot(source))
 
 
+def _elsewhere(root: Root, address: str) -> UserError:
+    return UserError(
+        f"{root.address}: its README.md names {clipped(address)} as one of data_files, which is "
+        "elsewhere; link or copy it into the data set"
+    )
+
+
 # ---------------------------------------------------------------- here
 
 
@@ -100,6 +111,8 @@ class LocalRoot:
 
     def relative(self, address: str) -> str:
         """Files come as absolute paths."""
+        if not Path(address).is_relative_to(self.folder):
+            raise _elsewhere(self, address)
         return Path(address).relative_to(self.folder).as_posix()
 
     def stamp(self, file: str) -> Stamp:
@@ -169,6 +182,8 @@ class HubRoot:
 
     def relative(self, address: str) -> str:
         """Files come as ``hf://datasets/<id>@<commit>/<path>``."""
+        if not address.startswith(f"hf://{self.prefix}/"):
+            raise _elsewhere(self, address)
         return address.removeprefix(f"hf://{self.prefix}/")
 
     def stamp(self, file: str) -> Stamp:

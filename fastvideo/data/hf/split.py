@@ -6,9 +6,13 @@ import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from zipfile import BadZipFile
+
+from yaml import YAMLError
 
 from fastvideo.config.recipe import HfSource
 from fastvideo.data.hf.root import LocalRoot, Root
+from fastvideo.data.items import clipped
 from fastvideo.errors import UserError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -31,10 +35,7 @@ def find_files(source: HfSource, root: Root) -> SplitFiles:
         UserError: There is no such configuration or split, or nothing that can be read.
     """
     if isinstance(root, LocalRoot) and (saved := _saved_splits(root)):
-        folder = _chosen(source, saved)
-        state = json.loads((root.folder / folder / "state.json").read_text(encoding="utf-8"))
-        names = [posixpath.join(folder, entry["filename"]) for entry in state["_data_files"]]
-        return SplitFiles(tuple(names), is_folder=False)
+        return SplitFiles(tuple(_saved_files(root, _chosen(source, saved))), is_folder=False)
     builder = _builder(source, root)
     splits = {str(split): files for split, files in builder.config.data_files.items()}
     files = [root.relative(file) for file in _chosen(source, splits)]
@@ -74,13 +75,31 @@ def _folder(source: HfSource, files: Sequence[str]) -> SplitFiles:
 
 def _saved_splits(root: LocalRoot) -> dict[str, str]:
     """Folders by split, if ``save_to_disk`` wrote this one."""
-    if (root.folder / "dataset_dict.json").is_file():
-        listed = json.loads((root.folder / "dataset_dict.json").read_text(encoding="utf-8"))
+    if listed := _json(root, "dataset_dict.json"):
         return {split: split for split in listed["splits"]}
-    if (root.folder / "state.json").is_file():
-        state = json.loads((root.folder / "state.json").read_text(encoding="utf-8"))
-        return {state.get("_split") or "train": ""} if "_data_files" in state else {}
-    return {}
+    state = _json(root, "state.json")
+    return {state.get("_split") or "train": ""} if "_data_files" in state else {}
+
+
+def _saved_files(root: LocalRoot, folder: str) -> list[str]:
+    file = posixpath.join(folder, "state.json")
+    files = _json(root, file).get("_data_files")
+    if files is None:
+        raise UserError(f"{root.folder / file}: lists no files; save the data set again")
+    return [posixpath.join(folder, entry["filename"]) for entry in files]
+
+
+def _json(root: LocalRoot, file: str) -> dict[str, Any]:
+    """Empty if there is no such file."""
+    try:
+        found = json.loads((root.folder / file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(
+            f"{root.folder / file}: is damaged ({error}); save the data set again"
+        ) from None
+    return found if isinstance(found, dict) else {}
 
 
 # ---------------------------------------------------------------- datasets
@@ -93,11 +112,13 @@ def _builder(source: HfSource, root: Root) -> Any:
     try:
         return load_dataset_builder(root.address, source.name, revision=root.revision)
     except ValueError as error:
-        raise UserError(_wrong_name(source, root) or f"{_at(source)}: {error}") from None
-    except (RuntimeError, FileNotFoundError) as error:
+        reason = _wrong_name(source, root) or f"source.path={source.path}: {_line(error)}"
+        raise UserError(reason) from None
+    except (FileNotFoundError, RuntimeError, ImportError, YAMLError, BadZipFile) as error:
         raise UserError(
-            f"{_at(source)}: holds no data set that can be read ({_line(error)}); it needs "
-            "Parquet, Arrow, CSV or JSON files, or videos with metadata.csv or metadata.jsonl"
+            f"source.path={source.path}: holds no data set that can be read ({_line(error)}); it "
+            "needs files of the set in Parquet, Arrow, CSV, JSON or tar, or videos with "
+            "metadata.csv or metadata.jsonl, and a README.md that says nothing else"
         ) from None
 
 
@@ -109,17 +130,11 @@ def _wrong_name(source: HfSource, root: Root) -> str:
         names = get_dataset_config_names(root.address, revision=root.revision)
     except ValueError:
         return ""
-    if source.name is None:
-        needed = f"{_at(source)}: has the configurations {', '.join(names)}"
-        return f"{needed}; write one as source.name" if len(names) > 1 else ""
-    if source.name in names:
-        return ""
-    return f"source.name={source.name}: {source.path} has the configurations {', '.join(names)}"
-
-
-def _at(source: HfSource) -> str:
-    return f"source.path={source.path}"
+    has = f"{source.path} has the configurations {', '.join(names)}"
+    if source.name is None and len(names) > 1:
+        return f"source.path={has}; write one as source.name"
+    return f"source.name={source.name}: {has}" if source.name and source.name not in names else ""
 
 
 def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return clipped(next(iter(str(error).splitlines()), type(error).__name__))

@@ -63,4 +63,6 @@ def _csv_rows(data: bytes, *, name: str, delimiter: str) -> Iterator[dict[Any, A
     try:
         yield from reader
     except csv.Error as error:
-        raise UserError(f"{name}: line {reader.line_num}: is no valid CSV: {error}") from None
+        raise UserError(
+            f"{name}: line {reader.reader.line_num}: is no valid CSV: {error}"
+        ) from None

@@ -123,5 +123,7 @@ def test_a_data_set_of_each_form_is_planned_and_decodes(
 
 def test_torchcodec_is_never_imported_though_datasets_would(results: dict[str, Any]) -> None:
     assert not results["imported"]
-    expected = {"absent": "works", "unloadable": "Could not load libtorchcodec"}[results["condition"]]
+    expected = {"absent": "works", "unloadable": "Could not load libtorchcodec"}[
+        results["condition"]
+    ]
     assert expected in results["theirs"]
