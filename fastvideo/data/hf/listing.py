@@ -3,7 +3,7 @@
 
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from fastvideo.data.items import (
     short,
 )
 from fastvideo.errors import UserError
+from fastvideo.log import logger
 
 
 def list_dataset(source: HfSource) -> tuple[list[Item], DatasetFootage]:
@@ -36,14 +37,28 @@ def list_dataset(source: HfSource) -> tuple[list[Item], DatasetFootage]:
     root = find_root(source)
     items: list[Item] = []
     seen: dict[str, int] = {}
-    for table, row in _rows(source, root, find_files(source, root)):
+    files = find_files(source, root)
+    for table, row in _rows(source, root, files):
         item = _item(len(items), row, table, seen=seen)
         if item.origin is not None and item.origin.row is None:
             seen[item.origin.file] = item.index
         items.append(item)
     if not items:
         raise UserError(f"source.split={source.split}: this split of {source.path} has no rows")
+    _warn_of_others(files, items)
     return items, DatasetFootage(source, root)
+
+
+def _warn_of_others(files: SplitFiles, items: Sequence[Item]) -> None:
+    named = {item.id for item in items}
+    others = [video for video in files.videos if video not in named]
+    if others:
+        logger.warning(
+            "%d videos are not used, as no metadata names them: %s%s",
+            len(others),
+            ", ".join(others[:3]),
+            ", ..." if len(others) > 3 else "",
+        )
 
 
 @dataclass(frozen=True)

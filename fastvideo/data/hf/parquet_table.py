@@ -37,14 +37,14 @@ class ParquetTable:
 
     def columns(self) -> dict[str, pa.DataType]:
         """Types by name."""
-        with self._opened() as parquet:
+        with self._opened(sparse=True) as parquet:
             schema = parquet.schema_arrow
             return dict(zip(schema.names, schema.types, strict=True))
 
     def rows(self, *, video: str, caption: str) -> Iterator[TableRow]:
         """Yield every row. Videos are read only where the file does not count those it lacks."""
         index = 0
-        with self._opened() as parquet:
+        with self._opened(sparse=True) as parquet:
             for group in range(parquet.num_row_groups):
                 embedded = _all_embedded(parquet, group, video)
                 leaves = _leaves(parquet.schema_arrow.field(video), with_bytes=embedded is None)
@@ -79,10 +79,10 @@ class ParquetTable:
             row = next(wanted, None)
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _opened(self, *, sparse: bool = False) -> Iterator[Any]:
         with (
             reading(f"{self._root.address}/{self.file}", form="Parquet"),
-            self._root.open(self.file) as file,
+            self._root.open(self.file, sparse=sparse) as file,
             pq.ParquetFile(file, buffer_size=_BUFFER_BYTES) as parquet,
         ):
             yield parquet

@@ -45,8 +45,8 @@ class Root(Protocol):
         """
         ...
 
-    def open(self, file: str) -> IO[bytes]:
-        """Open for reading, seekable."""
+    def open(self, file: str, *, sparse: bool = False) -> IO[bytes]:
+        """Open for reading, seekable; ``sparse`` is for little pieces that are far apart."""
         ...
 
     def content(self, file: str) -> Content:
@@ -119,7 +119,7 @@ class LocalRoot:
         """Size and time of change."""
         return stamp_of_file(self.folder / file)
 
-    def open(self, file: str) -> IO[bytes]:
+    def open(self, file: str, *, sparse: bool = False) -> IO[bytes]:
         """Open for reading."""
         return open(self.folder / file, "rb")
 
@@ -142,14 +142,26 @@ def _snapshot(source: HfSource) -> Path:
 
 def _not_found(source: HfSource, error: Exception) -> str:
     from huggingface_hub import constants
-    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        IncompleteSnapshotError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     revision = source.revision or constants.DEFAULT_REVISION
+    if isinstance(error, RevisionNotFoundError):
+        return f"source.revision={revision}: the data set {source.path} on the Hub has none"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"source.path={source.path}: is no folder here, and no data set on the Hub that you "
+            "may read; correct it, or log in with `hf auth login`"
+        )
     cache = f"{constants.HF_HUB_CACHE}/datasets--{source.path.replace('/', '--')}"
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     if constants.is_offline_mode():
         reason = "HF_HUB_OFFLINE is set, so the Hub was not asked"
-    elif isinstance(error, LocalEntryNotFoundError):
+    elif not isinstance(error, HfHubHTTPError):
         reason = f"the Hub was not reached: {reason}"
     kept = "an incomplete copy" if isinstance(error, IncompleteSnapshotError) else "no copy"
     command = f"hf download --repo-type dataset {source.path} --revision {revision}"
@@ -161,6 +173,10 @@ def _not_found(source: HfSource, error: Exception) -> str:
 
 
 # ---------------------------------------------------------------- on the Hub
+
+
+_AHEAD_BYTES = 5 << 20
+_SPARSE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -196,9 +212,10 @@ class HubRoot:
             raise UnusableError("failed", "not_a_file", f"{clipped(file)}: is a folder")
         return entry["size"], hashing.seed_of(entry["blob_id"])
 
-    def open(self, file: str) -> IO[bytes]:
-        """Open for reading; what is asked for is fetched, and a little ahead of it."""
-        opened: IO[bytes] = _files().open(f"{self.prefix}/{file}", "rb")
+    def open(self, file: str, *, sparse: bool = False) -> IO[bytes]:
+        """Open for reading; what is asked for is fetched, and some bytes ahead of it."""
+        ahead = _SPARSE_BYTES if sparse else _AHEAD_BYTES
+        opened: IO[bytes] = _files().open(f"{self.prefix}/{file}", "rb", block_size=ahead)
         return opened
 
     def content(self, file: str) -> Content:

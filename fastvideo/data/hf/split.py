@@ -26,6 +26,8 @@ class SplitFiles:
     """Relative to the root, in the order of the set."""
     is_folder: bool
     """Whether these are metadata of a folder of videos."""
+    videos: tuple[str, ...] = ()
+    """The videos of that folder."""
 
 
 def find_files(source: HfSource, root: Root) -> SplitFiles:
@@ -35,6 +37,11 @@ def find_files(source: HfSource, root: Root) -> SplitFiles:
         UserError: There is no such configuration or split, or nothing that can be read.
     """
     if isinstance(root, LocalRoot) and (saved := _saved_splits(root)):
+        if source.name is not None:
+            raise UserError(
+                f"source.name={source.name}: {root.folder} was written by save_to_disk, which "
+                "keeps one configuration; remove the key"
+            )
         return SplitFiles(tuple(_saved_files(root, _chosen(source, saved))), is_folder=False)
     builder = _builder(source, root)
     splits = {str(split): files for split, files in builder.config.data_files.items()}
@@ -67,7 +74,8 @@ def _folder(source: HfSource, files: Sequence[str]) -> SplitFiles:
             "columns file_name and caption, or name the file that has them as data_files in the "
             "folder's README.md"
         )
-    return SplitFiles(tuple(tables), is_folder=True)
+    videos = tuple(file for file in files if file not in tables)
+    return SplitFiles(tuple(tables), is_folder=True, videos=videos)
 
 
 # ---------------------------------------------------------------- save_to_disk

@@ -51,7 +51,10 @@ class TarTable:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[tarfile.TarFile, dict[str, _Sample]]]:
         try:
-            with self._root.open(self.file) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            with (
+                self._root.open(self.file, sparse=True) as file,
+                tarfile.open(fileobj=file, mode="r:") as tar,
+            ):
                 yield tar, _samples(tar)
         except tarfile.TarError as error:
             raise UserError(

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from huggingface_hub import constants
 
+from fastvideo import log
 from fastvideo.config.recipe import HfSource
 from fastvideo.data.listing import list_clips
 from fastvideo.errors import UserError
@@ -131,6 +132,11 @@ MISTAKES: dict[str, tuple[Maker, dict[str, Any], list[str]]] = {
         WRITERS["folder with metadata.csv"],
         {"name": "z"},
         ["source.name=z:", "has the configurations default"],
+    ),
+    "configuration of a saved set": (
+        WRITERS["save_to_disk"],
+        {"name": "z"},
+        ["source.name=z:", "written by save_to_disk", "remove the key"],
     ),
     "revision of a folder": (
         WRITERS["folder with metadata.csv"],
@@ -266,6 +272,16 @@ def remember(root: Path, files: list[dict[str, Any]]) -> None:
         file["path"]: TreeCacheEntry(file["size"], "0" * 40, None, None, None) for file in files
     }
     write_tree_cache(str(root / "hub/datasets--someone--clips"), COMMIT, entries)
+
+
+def test_videos_that_no_metadata_names_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log.logger, "propagate", True)
+    WRITERS["folder with metadata.csv"](tmp_path / "set")
+    write_clips(tmp_path / "set", "sub/c.mp4")
+    list_clips(HfSource(path=str(tmp_path / "set")))
+    assert caplog.messages == ["1 videos are not used, as no metadata names them: sub/c.mp4"]
 
 
 def test_columns_of_usual_names_are_found_and_others_by_their_type(tmp_path: Path) -> None:
