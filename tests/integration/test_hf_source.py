@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clips in the rows of data files: hostile ones, nothing twice, killed anywhere, bounded memory."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import yaml
 from fastvideo.config.recipe import HfSource, Recipe
 from fastvideo.data import examine
 from fastvideo.data.decode import VideoInfo, probe
-from fastvideo.data.footage import Content
+from fastvideo.data.footage import Content, Origin
 from fastvideo.data.judge import ClipRow
 from fastvideo.data.listing import list_clips, open_footage
 from fastvideo.data.loader import Samples
@@ -299,6 +300,35 @@ def test_a_row_that_changed_after_planning_is_not_encoded_under_the_old_name(
     Set(world.root).write(pairs[:1], pairs[3:])
     with pytest.raises(UserError, match=r"parquet: row 1 is gone since the manifest was planned"):
         preprocess(world.load(), shards=[0])
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_rows_come_in_the_order_they_are_asked_for(
+    small: Set, pairs: list[tuple[Any, Any]]
+) -> None:
+    small.write(pairs[:4], pairs[4:])
+    first, second = (f"data/train-0000{number}-of-00002.parquet" for number in range(2))
+    asked = [(first, 3), (second, 1), (second, 0), (first, 0), (first, 2), (first, 2), (first, 1)]
+    footage = open_footage(HfSource(path=str(small.folder)))
+    contents = list(footage.read(Origin(*place) for place in asked))
+    places = [row if file == first else 4 + row for file, row in asked]
+    assert contents == [pairs[place][0]["bytes"] for place in places]
+
+
+def test_many_rows_are_probed_by_workers(small: Set, tmp_path: Path) -> None:
+    data = clip_bytes(tmp_path, 0)
+    videos = [data + b"\0\0\0\x0cfree%04d" % number for number in range(30)]
+    videos[7] = b"no video"
+    small.write([({"bytes": video, "path": None}, "a") for video in videos])
+    recipe = small.recipe()
+    parallel = recipe.preprocess.model_copy(update={"decode_workers": 2})
+    recipe = recipe.model_copy(update={"preprocess": parallel})
+    plan_manifest(recipe, store=small.store, settings={})
+    rows = small.rows()
+    assert [row.data_row for row in rows if row.state != "accepted"] == [7]
+    assert [row.sha256 for row in rows] == [hashlib.sha256(video).hexdigest() for video in videos]
 
 
 # ---------------------------------------------------------------- memory
