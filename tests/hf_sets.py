@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,11 @@ def write_lines(file: Path, rows: Sequence[Any]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_tar(file: Path, members: Mapping[str, bytes]) -> None:
-    """A tar file with these members."""
+def write_tar(file: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """A tar file with these members, whose names may repeat."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w") as tar:
-        for name, data in members.items():
+        for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -218,7 +218,7 @@ def _tar(root: Path) -> None:
     for name, video, caption in zip("ab", videos, ("one", "two"), strict=True):
         members[f"{name}.mp4"] = video["bytes"]
         members[f"{name}.json"] = json.dumps({"caption": caption, "fps": 0}).encode()
-    write_tar(root / "train-0000.tar", members)
+    write_tar(root / "train-0000.tar", members.items())
 
 
 def write_cached(root: Path, *, commit: str = COMMIT) -> Path:

@@ -187,7 +187,7 @@ def _encode(
         if result.frames is None:
             assert result.fault is not None
             reason, detail = result.fault
-            failed.append({"id": clip.id, "reason": reason, "detail": detail})
+            failed.append({"id": clip.id, "reason": reason, "detail": clip.located(detail)})
         else:
             yield _row(recipe, clip, result.frames, encoders)
         progress.advance(clip.id)

@@ -65,6 +65,10 @@ class ClipRow:
         """Where its bytes are."""
         return Origin(self.data_file, self.data_row) if self.data_file else Origin(self.path)
 
+    def located(self, detail: str) -> str:
+        """A detail with the place of a clip whose id does not say it."""
+        return f"{self.origin}: {detail}" if self.data_file else detail
+
 
 def judge(
     recipe: Recipe,
@@ -122,7 +126,7 @@ def without_duplicates(rows: Iterable[ClipRow]) -> list[ClipRow]:
         if row.state == "accepted":
             twin = first_with.setdefault(row.sha256, row.id)
             if twin != row.id:
-                detail = f"the same content as {twin!r}"
+                detail = row.located(f"the same content as {twin!r}")
                 row = with_verdict(row, "filtered", "duplicate_content", detail)
         kept.append(row)
     return kept
@@ -157,11 +161,15 @@ def _judge_one(
         return with_verdict(row, *item.problem)
     assert found is not None
     if found.fault is not None:
-        return with_verdict(row, "failed", *found.fault)
+        reason, detail = found.fault
+        return with_verdict(row, "failed", reason, row.located(detail))
     assert found.info is not None
     rejected = reject_captions(captions, filters=filters)
     rejected = rejected or reject_video(found.info, clip=clip, filters=filters)
-    return with_verdict(row, "filtered", *rejected) if rejected else row
+    if rejected is None:
+        return row
+    reason, detail = rejected
+    return with_verdict(row, "filtered", reason, row.located(detail))
 
 
 def _row(

@@ -179,7 +179,7 @@ _INFO_FIELDS = tuple(field.name for field in dataclasses.fields(VideoInfo))
 
 def _examined(row: ClipRow) -> Examined:
     info = VideoInfo(**{name: getattr(row, name) for name in _INFO_FIELDS}) if row.codec else None
-    fault = None if info else (row.reason, row.detail)
+    fault = None if info else (row.reason, row.detail.removeprefix(row.located("")))
     return Examined(row.bytes, row.mtime_ns, row.sha256, info, fault)
 
 

@@ -26,7 +26,7 @@ from fastvideo.data.manifest import plan_manifest, read_rows
 from fastvideo.errors import UserError
 from fastvideo.preprocess import preprocess
 from fastvideo.state import ShardStore, ledger
-from tests.hf_sets import VIDEO, clip_bytes, embedded, write_clips, write_rows
+from tests.hf_sets import VIDEO, clip_bytes, embedded, write_clips, write_rows, write_tar
 from tests.tiny_world import World, digests, in_fork, make_world, passes
 
 KILLED = -9
@@ -139,6 +139,11 @@ def test_each_hostile_row_ends_in_one_state_with_its_reason(small: Set, tmp_path
     assert [(row.state, row.reason) for row in rows] == [case[2] for case in cases]
     assert all(bool(row.detail) == (row.state != "accepted") for row in rows)
     assert [row.item for row in ledger(small.store, plan)] == list(range(len(cases)))
+    by_row = {row.data_row: row.detail for row in rows if row.data_file}
+    assert by_row[6].startswith("data/train-00000-of-00001.parquet#6: the container cannot be read")
+    before = small.store.manifest.read_bytes()
+    assert small.plan(max_failed=1.0) == plan
+    assert small.store.manifest.read_bytes() == before
     used = [row for row in rows if row.state == "accepted"]
     assert len({row.id for row in used}) == len(used) and all(row.id for row in rows)
     contents = list(open_footage(small.recipe().source).read(row.origin for row in used))  # type: ignore[arg-type]
@@ -173,6 +178,32 @@ def test_files_that_do_not_count_what_they_lack_are_listed_all_the_same(
     assert [str(item.origin) for item in items] == [
         "a.parquet#0", "a.parquet#1", "x.mp4", "a.parquet#3", "b.parquet#0", "b.parquet#1",
     ]  # fmt: skip
+
+
+def test_members_of_a_tar_that_come_again_are_rows_of_their_own(
+    small: Set, pairs: list[tuple[Any, Any]]
+) -> None:
+    one, two = (video["bytes"] for video, _ in pairs[:2])
+    members = [("x.mp4", one), ("x.txt", b"one"), ("x.MP4", two), ("x.txt", b"two"), (".y", b"")]
+    write_tar(small.folder / "a.tar", [*members, ("z.txt", b"no video"), ("dir/x.mp4", one)])
+    items, footage = list_clips(HfSource(path=str(small.folder)))
+    assert [(item.captions, item.problem and item.problem[1]) for item in items] == [
+        (("one",), None), (("two",), None), (("no video",), "no_video"), ((), "no_caption"),
+    ]  # fmt: skip
+    assert list(footage.read(item.origin for item in items[:2] if item.origin)) == [one, two]
+
+
+def test_columns_of_arrows_newer_types_are_read(small: Set, pairs: list[tuple[Any, Any]]) -> None:
+    data = [pairs[0][0]["bytes"], None]
+    words = pa.array(["a", "b"], pa.string_view())
+    table = pa.table({"video": pa.array(data, pa.binary_view()), "caption": words})
+    small.folder.mkdir()
+    pq.write_table(table, small.folder / "r.parquet")
+    items, footage = list_clips(HfSource(path=str(small.folder)))
+    assert [(item.captions, item.problem and item.problem[1]) for item in items] == [
+        (("a",), None), (("b",), "no_video"),
+    ]  # fmt: skip
+    assert list(footage.read(item.origin for item in items if item.origin)) == data[:1]
 
 
 # ---------------------------------------------------------------- nothing twice

@@ -58,7 +58,8 @@ def is_video_struct(kind: pa.DataType) -> bool:
 
 def is_bytes(kind: pa.DataType) -> bool:
     """Whether a column holds bytes alone."""
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    types = pa.types
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
 
 def texts(array: pa.Array) -> list[Any]:
@@ -82,7 +83,9 @@ def video_cells(array: pa.Array) -> list[VideoCell]:
     if not pa.types.is_struct(array.type):
         return [VideoCell(path, False) for path in texts(array)]
     empty = pa.nulls(len(array), pa.string())
-    fields = {field.name: array.field(i) for i, field in enumerate(array.type)}
+    # Flattened: what a row without a struct has in its fields does not count.
+    names = (field.name for field in array.type)
+    fields = dict(zip(names, array.flatten(), strict=True))
     paths = texts(fields.get("path", empty))
     embedded = fields.get("bytes", empty).is_valid().to_pylist()
     return [VideoCell(*cell) for cell in zip(paths, embedded, strict=True)]
@@ -113,7 +116,8 @@ def reading(file: str, *, form: str) -> Iterator[None]:
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    types = pa.types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def _is_list(kind: pa.DataType) -> bool:

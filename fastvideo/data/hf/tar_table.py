@@ -27,8 +27,8 @@ class TarTable:
     def columns(self) -> dict[str, None]:
         """Suffixes of the members; of a JSON object the keys as well, as ``json.KEY``."""
         with self._opened() as (tar, samples):
-            names = dict.fromkeys(suffix for sample in samples.values() for suffix in sample)
-            first = next((sample for sample in samples.values() if "json" in sample), {})
+            names = dict.fromkeys(suffix for sample in samples for suffix in sample)
+            first = next((sample for sample in samples if "json" in sample), {})
             value = _value(tar, first, "json")
             keys = value if isinstance(value, dict) else ()
             return names | dict.fromkeys(f"json.{key}" for key in keys)
@@ -36,7 +36,7 @@ class TarTable:
     def rows(self, *, video: str, caption: str) -> Iterator[TableRow]:
         """Yield every row."""
         with self._opened() as (tar, samples):
-            for index, sample in enumerate(samples.values()):
+            for index, sample in enumerate(samples):
                 member = sample.get(video)
                 cell = VideoCell(member.name if member else None, member is not None)
                 yield TableRow(index, cell, _value(tar, sample, caption))
@@ -44,12 +44,11 @@ class TarTable:
     def contents(self, video: str, rows: Sequence[int]) -> Iterator[bytes | None]:
         """Yield the videos of ``rows``; None where a row has none, or is gone."""
         with self._opened() as (tar, samples):
-            listed = list(samples.values())
             for row in rows:
-                yield _read(tar, listed[row], video) if row < len(listed) else None
+                yield _read(tar, samples[row], video) if row < len(samples) else None
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[tuple[tarfile.TarFile, dict[str, _Sample]]]:
+    def _opened(self) -> Iterator[tuple[tarfile.TarFile, list[_Sample]]]:
         try:
             with (
                 self._root.open(self.file, sparse=True) as file,
@@ -63,13 +62,20 @@ class TarTable:
             ) from error
 
 
-def _samples(tar: tarfile.TarFile) -> dict[str, _Sample]:
-    samples: dict[str, _Sample] = {}
+def _samples(tar: tarfile.TarFile) -> list[_Sample]:
+    """Members by row; one whose name comes again begins a row of its own."""
+    samples: list[_Sample] = []
+    latest: dict[str, _Sample] = {}
     for member in tar:
         folder, name = posixpath.split(member.name)
-        key, _, suffix = name.partition(".")
-        if member.isfile() and key:
-            samples.setdefault(posixpath.join(folder, key), {})[suffix.lower()] = member
+        stem, _, suffix = name.partition(".")
+        key, suffix = posixpath.join(folder, stem), suffix.lower()
+        if not member.isfile() or not stem:
+            continue
+        if key not in latest or suffix in latest[key]:
+            latest[key] = {}
+            samples.append(latest[key])
+        latest[key][suffix] = member
     return samples
 
 
