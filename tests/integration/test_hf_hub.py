@@ -3,9 +3,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from fastvideo.data.manifest import read_rows
 from fastvideo.state import ShardStore, ledger
-from tests.hf_sets import clip_bytes, write_rows
+from tests.hf_sets import clip_bytes, write_csv, write_rows, write_tar
 from tests.hub_server import REPOSITORY, hub
 from tests.tiny_world import World, make_world
 
@@ -85,19 +87,39 @@ class Job:
 
 @pytest.fixture
 def job(tmp_path: Path, tiny_model: Path) -> Iterator[Job]:
-    """Twelve clips of 1 MiB in six row groups, four clips to a shard."""
+    """Twelve clips of 1 MiB, four to a shard."""
     world = make_world(tmp_path, clips=0, model=tiny_model)
     tree = yaml.safe_load(world.recipe.read_text())
     tree["source"] = {"kind": "hf", "path": REPOSITORY}
     tree["clip"].update(num_frames=5, fps=10)
     tree["shards"]["rows"] = 4
     world.recipe.write_text(yaml.safe_dump(tree))
-    videos = [padded(tmp_path, number) for number in range(NUM_CLIPS)]
-    rows = [{"bytes": data, "path": f"{number}.mp4"} for number, data in enumerate(videos)]
-    captions = [f"caption {number}" for number in range(NUM_CLIPS)]
-    write_rows(tmp_path / "set/r.parquet", rows, captions, features=True, row_group_size=2)
+    as_parquet(tmp_path / "set", [padded(tmp_path, number) for number in range(NUM_CLIPS)])
     with hub(tmp_path / "set") as address:
         yield Job(world, address)
+
+
+def as_parquet(root: Path, videos: list[bytes]) -> None:
+    """Six row groups."""
+    rows = [{"bytes": data, "path": f"{number}.mp4"} for number, data in enumerate(videos)]
+    captions = [f"caption {number}" for number in range(len(videos))]
+    write_rows(root / "r.parquet", rows, captions, features=True, row_group_size=2)
+
+
+def as_tar(root: Path, videos: list[bytes]) -> None:
+    members: list[tuple[str, bytes]] = []
+    for number, data in enumerate(videos):
+        members += [(f"{number}.mp4", data), (f"{number}.txt", b"caption %d" % number)]
+    write_tar(root / "r.tar", members)
+
+
+def as_folder(root: Path, videos: list[bytes]) -> None:
+    """And metadata that names a video too many."""
+    (root / "clips").mkdir(parents=True)
+    for number, data in enumerate(videos):
+        (root / f"clips/{number}.mp4").write_bytes(data)
+    names = [*(f"{number}.mp4" for number in range(len(videos))), "gone.mp4", "."]
+    write_csv(root / "clips/metadata.csv", [{"file_name": n, "caption": n} for n in names])
 
 
 def padded(folder: Path, number: int) -> bytes:
@@ -117,6 +139,22 @@ def test_streaming_passes_once_over_the_set_and_then_reads_what_a_shard_needs(jo
     assert plan is not None
     assert [row.state for row in ledger(store, plan)] == ["pending"] * NUM_CLIPS
     assert job.kept_mib() < 1
+
+
+@pytest.mark.parametrize("write", [as_tar, as_folder])
+def test_other_forms_are_streamed_as_sparingly(
+    job: Job, write: Callable[[Path, list[bytes]], None], tmp_path: Path
+) -> None:
+    shutil.rmtree(tmp_path / "set")
+    write(tmp_path / "set", [padded(tmp_path, number) for number in range(NUM_CLIPS)])
+    planned, filled, again = job.run(([STREAM], PLAN), ([STREAM], 1), ([STREAM], PLAN))
+    assert [planned[0], filled[0], again[0]] == [""] * 3
+    assert NUM_CLIPS < planned[1] < NUM_CLIPS * 1.4
+    assert 4 < filled[1] < 7
+    assert again[1] < 3
+    reasons = [row.reason for row in read_rows(ShardStore(job.world.shards))]
+    others = ["missing_file", "not_a_file"] if write is as_folder else []
+    assert reasons == [""] * NUM_CLIPS + others
 
 
 def test_a_download_is_kept_and_needs_no_network_again(job: Job) -> None:

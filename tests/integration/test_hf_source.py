@@ -366,8 +366,8 @@ def test_many_rows_are_probed_by_workers(small: Set, tmp_path: Path) -> None:
 
 
 def test_a_row_group_that_is_larger_than_memory_is_read_row_by_row(tmp_path: Path) -> None:
-    """32 videos of 4 MiB in one row group; a page holds one of them."""
-    size, count = 4 << 20, 32
+    """32 videos of 2 MiB in one row group; a page holds one of them."""
+    size, count = 2 << 20, 32
     (tmp_path / "set").mkdir()
     code = (
         "import os, sys, pyarrow as pa, pyarrow.parquet as pq\n"
