@@ -193,6 +193,15 @@ def _save(root: Path, *, splits: bool) -> None:
     saved.save_to_disk(root)
 
 
+def _arrow(root: Path) -> None:
+    """One file of each of Arrow's two forms."""
+    videos = pa.array(embedded(root, "a.mp4", "b.mp4"), VIDEO)
+    table = pa.table({"video": videos, "caption": ["one", "two"]})
+    for number, writer in enumerate((pa.ipc.new_stream, pa.ipc.new_file)):
+        with writer(root / f"train-{number}.arrow", table.schema) as file:
+            file.write_table(table.slice(number, 1))
+
+
 def _table(
     name: str, write: Callable[[Path, list[dict[str, Any]]], None]
 ) -> Callable[[Path], None]:
@@ -270,6 +279,7 @@ FORMS = (
     Form("configurations", _configurations, {"name": "y", "split": "dev"}),
     Form("save_to_disk", _saved),
     Form("save_to_disk of splits", _saved_splits, {"split": "dev"}),
+    Form("Arrow files", _arrow),
     Form("CSV", _table("rows.csv", write_csv)),
     Form("TSV", _table("rows.tsv", _tsv)),
     Form("JSON lines", _table("rows.jsonl", write_lines)),

@@ -15,11 +15,10 @@ import numpy.typing as npt
 
 from fastvideo.config.recipe import Clip
 from fastvideo.data.decode import ClipFault, decode_clip
-from fastvideo.data.footage import Planned
+from fastvideo.data.footage import IO_TRIES, Planned
 from fastvideo.data.workers import in_order
 
 Frames = npt.NDArray[np.uint8]
-IO_TRIES = 3
 
 
 @dataclass(frozen=True)

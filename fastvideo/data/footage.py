@@ -18,6 +18,9 @@ its content."""
 Content = Path | bytes
 """What a decoder opens: a file on this machine, or the content of one."""
 
+IO_TRIES = 3
+"""How often a file is read before a failure of the disk or the network is believed."""
+
 
 @dataclass(frozen=True)
 class Origin:

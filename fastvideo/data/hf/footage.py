@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fastvideo.config.recipe import HfSource
-from fastvideo.data.footage import Content, Origin
+from fastvideo.data.footage import IO_TRIES, Content, Origin
 from fastvideo.data.hf.arrow_table import ArrowTable
 from fastvideo.data.hf.cells import TableRow
 from fastvideo.data.hf.columns import Types, choose_columns
@@ -17,8 +17,6 @@ from fastvideo.data.hf.root import Root, find_root
 from fastvideo.data.hf.tar_table import TarTable
 from fastvideo.data.hf.text_table import TextTable
 from fastvideo.errors import UserError
-
-IO_TRIES = 3
 
 
 class Table(Protocol):

@@ -89,7 +89,6 @@ def _item(index: int, row: TableRow, table: _Table, *, seen: dict[str, int]) -> 
     path, captions = row.video.path, tuple[str, ...]()
     name = path if isinstance(path, str) and is_unicode(path) else ""
     try:
-        captions = captions_of(row.caption, key=table.columns.caption)
         if row.video.embedded:
             origin, stamp = Origin(table.file, row.index), table.stamp
         else:
@@ -98,6 +97,7 @@ def _item(index: int, row: TableRow, table: _Table, *, seen: dict[str, int]) -> 
             if origin.file in seen:
                 detail = f"{short(path)} is the file of item {seen[origin.file]}"
                 raise UnusableError("filtered", "duplicate_path", detail)
+        captions = captions_of(row.caption, key=table.columns.caption)
         if not captions:
             detail = f"{table.columns.caption} is {short(row.caption)}"
             raise UnusableError("filtered", "no_caption", detail)

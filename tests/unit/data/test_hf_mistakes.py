@@ -92,6 +92,12 @@ def broken_state(root: Path) -> None:
     (root / "state.json").write_text('{"_data_files": [')
 
 
+def cut_arrow(root: Path) -> None:
+    WRITERS["save_to_disk"](root)
+    (file,) = root.glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:3000])
+
+
 def cut_tar(root: Path) -> None:
     WRITERS["WebDataset"](root)
     (file,) = root.glob("*.tar")
@@ -206,6 +212,7 @@ MISTAKES: dict[str, tuple[Maker, dict[str, Any], list[str]]] = {
         ["metadata.csv: line 2: is no valid CSV"],
     ),
     "half a Parquet file": (damaged, {}, ["r.parquet: is not a whole Parquet file"]),
+    "half an Arrow file": (cut_arrow, {}, ["data-00000-of-00001.arrow: is ", "make or download"]),
     "half a tar file": (cut_tar, {}, ["train-0000.tar: is not a whole tar file"]),
     "broken README": (readme("configs: ["), {}, ["holds no data set that can be read (while"]),
     "README of another kind": (readme("configs: 3"), {}, ["Expected configs to be a list"]),
