@@ -58,7 +58,9 @@ def main() -> None:
 
 def _captions(recipe: Recipe) -> tuple[dict[str, str], list[str]]:
     """Id to caption of the training clips in the order of the shards, and their scenes."""
-    items = json.loads((recipe.source.path / "videos2caption.json").read_text(encoding="utf-8"))
+    items = json.loads(
+        (Path(recipe.source.path) / "videos2caption.json").read_text(encoding="utf-8")
+    )
     by_id = {item["path"]: item for item in items}
     samples = Samples(ShardStore(recipe.shards.path), split="train", columns=())
     ids = [samples[i].id for i in range(len(samples))]
@@ -117,7 +119,7 @@ def _contact_sheet(recipe: Recipe, captions: dict[str, str], path: Path) -> None
     for index, prompt in enumerate(load_prompts(recipe.generate.prompts)):
         clip = recipe.clip
         source = decode_clip(
-            recipe.source.path / "videos" / ids[prompt.caption],
+            Path(recipe.source.path) / "videos" / ids[prompt.caption],
             num_frames=clip.num_frames,
             height=clip.height,
             width=clip.width,

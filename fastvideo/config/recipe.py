@@ -108,6 +108,43 @@ class MergedSource(Spec):
     """Which clips are used."""
 
 
+class Columns(Spec):
+    """Which columns of a Hugging Face data set are used; the others are not read."""
+
+    video: Text | None = None
+    """The clip: bytes, a path, or both; empty looks for `video` and other usual names."""
+    caption: Text | None = None
+    """A text or a list of texts; empty looks for `caption` and other usual names."""
+
+
+class HfSource(Spec):
+    """A data set that Hugging Face's `datasets` understands; see docs/datasets.md."""
+
+    kind: Literal["hf"] = "hf"
+    """Form of the data set."""
+    path: Text
+    """A folder, or the id of a data set on the Hugging Face Hub."""
+    name: Text | None = None
+    """Its configuration; needed where there are several and none is the default."""
+    split: Text = "train"
+    """The split that is used; `heldout` takes clips of it."""
+    revision: Text | None = None
+    """Branch, tag or commit on the Hub; empty takes `main`."""
+    columns: Columns = Columns()
+    """Which columns are used."""
+    streaming: bool = False
+    """Read clips from the Hub as they are needed, and store none; a folder is read in place either
+    way."""
+    max_failed: Share = 0.1
+    """Share of rows that may fail before preprocessing counts as failed."""
+    heldout: Share = 0.0
+    """Share of clips kept out of training, by a seeded hash of the id."""
+    heldout_seed: NonNegativeInt = 0
+    """Seed of that hash."""
+    filters: Filters = Filters()
+    """Which clips are used."""
+
+
 class ParquetSource(Spec):
     """Parquet files that upstream FastVideo's preprocessing wrote: nothing is encoded again.
 
@@ -130,7 +167,7 @@ class ParquetSource(Spec):
     """Keep rows with the same content as an earlier one."""
 
 
-Source = Annotated[MergedSource | ParquetSource, Field(discriminator="kind")]
+Source = MergedSource | HfSource | ParquetSource
 
 
 class Shards(Spec):
@@ -232,7 +269,7 @@ class Recipe(Spec):
     """Where to start from."""
     clip: Clip = Clip()
     """Shape of a clip."""
-    source: Source
+    source: Annotated[Source, Field(discriminator="kind")]
     """The clips."""
     shards: Shards
     """What preprocessing writes."""

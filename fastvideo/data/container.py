@@ -4,14 +4,14 @@
 import contextlib
 import errno
 import io
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import av
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
+
+from fastvideo.data.footage import Content
 
 MAX_SIDE = 16384
 MAX_PIXELS = 1 << 27
@@ -47,7 +47,7 @@ class ClipFault(Exception):
 class _Reader:
     """A file that FFmpeg reads through Python, so that an I/O error is not taken for an end."""
 
-    def __init__(self, file: io.RawIOBase) -> None:
+    def __init__(self, file: io.RawIOBase | io.BytesIO) -> None:
         self._file = file
         self.error: OSError | None = None
 
@@ -71,15 +71,21 @@ class _Reader:
 
 
 @contextlib.contextmanager
-def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a file for decoding on one thread; what FFmpeg complains of becomes a `ClipFault`."""
-    with open(path, "rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size == 0:
+def open_video(video: Content) -> Iterator[tuple[InputContainer, VideoStream, int]]:
+    """Open a video for decoding on one thread; what FFmpeg complains of becomes a `ClipFault`.
+
+    Yields:
+        The container, its stream, and the size of the file in bytes.
+    """
+    with _readable(video) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        if size == 0:
             raise ClipFault("empty_file", "has 0 bytes")
         reader = _Reader(file)
         try:
             with _open(reader) as container:
-                yield container, _stream(container)
+                yield container, _stream(container), size
         except MemoryError:
             raise
         except (av.error.FFmpegError, ClipFault) as error:
@@ -92,6 +98,10 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise ClipFault("corrupt", f"cannot be decoded: {error.strerror}") from None
         if reader.error is not None:
             raise reader.error
+
+
+def _readable(video: Content) -> io.RawIOBase | io.BytesIO:
+    return io.BytesIO(video) if isinstance(video, bytes) else open(video, "rb", buffering=0)
 
 
 def _open(reader: _Reader) -> InputContainer:

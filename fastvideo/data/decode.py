@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from fastvideo.data.container import ClipFault, check_complete, check_size, open_video
+from fastvideo.data.footage import Content
 from fastvideo.data.picture import Fit, orientation_of, shown_size
 
 __all__ = ["DECODE_SETTINGS", "ClipFault", "VideoInfo", "decode_clip", "die_with_parent", "probe"]
@@ -59,15 +59,15 @@ class VideoInfo:
     """FFmpeg's name of the codec."""
 
 
-def probe(path: Path) -> VideoInfo:
+def probe(video: Content) -> VideoInfo:
     """Read the headers, the time stamps of all packets and the first frame.
 
     Raises:
         ClipFault: ``empty_file``, ``not_a_video``, ``no_video_stream``, ``unsupported_codec``,
             ``too_large`` or ``corrupt``.
-        OSError: The file could not be read; the clip is not to blame.
+        OSError: A file could not be read; the clip is not to blame.
     """
-    with open_video(path) as (container, stream):
+    with open_video(video) as (container, stream, size):
         first: VideoFrame | None = None
         shown: list[tuple[int, int]] = []
         for packet in itertools.chain(_packets(container, stream), [None]):
@@ -78,7 +78,7 @@ def probe(path: Path) -> VideoInfo:
                 shown += [] if ticks is None else [(ticks, packet.duration or 0)]
         if first is None or not shown:
             raise ClipFault("corrupt", "holds no frame that can be decoded")
-        check_complete(container, stream, size=os.path.getsize(path))
+        check_complete(container, stream, size=size)
         if container.format.name != "avi" and first.pts is not None:
             # Pictures before the first key frame are dropped by the decoder.
             shown = [(ticks, length) for ticks, length in shown if ticks >= first.pts]
@@ -86,7 +86,7 @@ def probe(path: Path) -> VideoInfo:
 
 
 def decode_clip(
-    path: Path, *, num_frames: int, height: int, width: int, fps: float
+    video: Content, *, num_frames: int, height: int, width: int, fps: float
 ) -> npt.NDArray[np.uint8]:
     """Decode the first ``num_frames`` at ``fps`` as RGB.
 
@@ -99,12 +99,12 @@ def decode_clip(
 
     Raises:
         ClipFault: As `probe`, or ``too_short`` or ``bad_timestamps``.
-        OSError: The file could not be read; the clip is not to blame.
+        OSError: A file could not be read; the clip is not to blame.
     """
     frames_FHWC = np.empty((num_frames, height, width, 3), np.uint8)
     rate = Fraction(repr(fps))
     offsets = [Fraction(i) / rate for i in range(num_frames)]
-    with open_video(path) as (container, stream):
+    with open_video(video) as (container, stream, _):
         fit = Fit(height=height, width=width, aspect=_aspect(stream))
         latest: VideoFrame | None = None
         for i, frame in enumerate(_nearest(_timed(container, stream), offsets=offsets)):

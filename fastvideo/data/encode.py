@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fastvideo.config.recipe import ParquetSource, Recipe
 from fastvideo.data.adopt import Adopted, Normalisation, adopted
-from fastvideo.data.decode_ahead import Decoded, Frames, VideoFile, decode_ahead
+from fastvideo.data.decode_ahead import Decoded, Frames, decode_ahead
 from fastvideo.data.first_image import PromptToEncode, first_image
+from fastvideo.data.footage import Planned
 from fastvideo.data.judge import ClipRow
+from fastvideo.data.listing import open_footage
 from fastvideo.data.manifest import read_rows, shard_fingerprint
 from fastvideo.data.shard import (
     PROMPT_SCHEMA,
@@ -69,9 +71,8 @@ def fill_shards(
     clips = list(itertools.chain.from_iterable(rows.values()))
     logger.info("encoding %d clips into %d shards", len(clips), len(missing))
     progress = Progress("clips", total=len(clips))
-    videos = recipe.source.path / "videos"
-    files = [VideoFile(videos / clip.path, clip.bytes, clip.mtime_ns) for clip in clips]
-    decoded = decode_ahead(files, clip=recipe.clip, workers=recipe.preprocess.decode_workers)
+    videos = _planned_videos(recipe, clips)
+    decoded = decode_ahead(videos, clip=recipe.clip, workers=recipe.preprocess.decode_workers)
     with contextlib.closing(decoded), contextlib.closing(progress):
         for index in missing:
             failed: list[dict[str, str]] = []
@@ -84,6 +85,16 @@ def fill_shards(
                 failed=failed,
                 point="shard",
             )
+
+
+def _planned_videos(recipe: Recipe, clips: Sequence[ClipRow]) -> Iterator[Planned]:
+    """What to decode, read no further than it is asked for."""
+    source = recipe.source
+    assert not isinstance(source, ParquetSource)
+    contents = open_footage(source).read(clip.origin for clip in clips)
+    for clip, content in zip(clips, contents, strict=True):
+        name = str(content) if isinstance(content, Path) else f"{source.path}/{clip.origin}"
+        yield Planned(name, content, (clip.bytes, clip.mtime_ns), clip.sha256)
 
 
 def adopt_shards(
@@ -176,7 +187,7 @@ def _encode(
         if result.frames is None:
             assert result.fault is not None
             reason, detail = result.fault
-            failed.append({"id": clip.id, "reason": reason, "detail": detail})
+            failed.append({"id": clip.id, "reason": reason, "detail": clip.located(detail)})
         else:
             yield _row(recipe, clip, result.frames, encoders)
         progress.advance(clip.id)
@@ -194,7 +205,7 @@ def _values(
 ) -> dict[str, Any]:
     return {
         "id": clip.id,
-        "file_name": Path(clip.path).name,
+        "file_name": Path(clip.id).name,
         "caption": clip.captions[0],
         "media_type": "video",
         "width": recipe.clip.width,

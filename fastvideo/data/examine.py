@@ -1,118 +1,143 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hashes and probes files in parallel, once each: what is known is kept, even after a kill."""
+"""Hashes and probes clips in parallel, once each: what is known is kept, even after a kill."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import json
-import multiprocessing
+import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastvideo import atomic, hashing
-from fastvideo.data.decode import DECODE_SETTINGS, ClipFault, VideoInfo, die_with_parent, probe
-from fastvideo.log import Progress, logger
+from fastvideo.data.decode import DECODE_SETTINGS, ClipFault, VideoInfo, probe
+from fastvideo.data.footage import Content, Footage, Origin, Stamp
+from fastvideo.data.workers import in_order
+from fastvideo.log import Progress
 
 FEW = 16
-CHUNK = 4
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A file's content as `probe` sees it."""
+    """A clip's content as `probe` sees it."""
 
     bytes: int
+    """Size of the file that is the clip or holds it."""
     mtime_ns: int
+    """Time of that file's last change."""
     sha256: str
+    """Of the clip."""
     info: VideoInfo | None
-    """None for a file with a fault."""
+    """None for a clip with a fault."""
     fault: tuple[str, str] | None
     """(reason, detail) of that fault."""
 
 
 def examine(
-    files: Mapping[str, Path], *, known: Mapping[str, Examined], journal: Path, workers: int
-) -> dict[str, Examined]:
-    """Hash and probe all files; a file with the size and time of change in ``known`` is skipped.
+    clips: Mapping[Origin, Stamp],
+    footage: Footage,
+    *,
+    known: Mapping[str, Examined],
+    journal: Path,
+    workers: int,
+) -> dict[Origin, Examined]:
+    """Hash and probe all clips.
+
+    One whose file has the size and time of change in ``known`` is not read; one that is a row is
+    not probed either if its content is known.
 
     Args:
-        files: Name to path.
-        known: What a finished run found, by name.
+        clips: Where they are, and the stamps of their files.
+        footage: Reads them.
+        known: What a finished run found, by origin as text.
         journal: Where results go as they come, for the next run if this one is killed.
-        workers: Processes; a few files are done without.
+        workers: Processes; a few clips are done without.
 
     Returns:
-        Results by name, in the order of ``files``.
+        Results by origin, in the order of ``clips``.
 
     Raises:
         OSError: A file could not be read; no clip is to blame.
     """
     known = {**known, **_read_journal(journal)}
-    fresh: dict[str, Examined | None] = {}
-    for name, path in files.items():
-        status, old = path.stat(), known.get(name)
-        same = old and (old.bytes, old.mtime_ns) == (status.st_size, status.st_mtime_ns)
-        fresh[name] = old if same else None
-    todo = [name for name, result in fresh.items() if result is None]
+    fresh: dict[Origin, Examined | None] = {}
+    for origin, stamp in clips.items():
+        old = known.get(str(origin))
+        same = old and (old.bytes, old.mtime_ns) == stamp
+        fresh[origin] = old if same else None
+    todo = {origin: clips[origin] for origin, result in fresh.items() if result is None}
     if todo:
-        paths = [files[name] for name in todo]
-        with contextlib.closing(_examined(paths, workers=workers)) as results:
-            fresh.update(_journaled(todo, results, journal=journal))
-    return {name: result for name, result in fresh.items() if result is not None}
+        jobs = _jobs(todo, footage, known={old.sha256: old for old in known.values()})
+        processes = 0 if len(todo) <= FEW or workers <= 1 else workers
+        results = in_order(_do, jobs, processes=processes, name=operator.attrgetter("name"))
+        with contextlib.closing(results):
+            fresh.update(_journaled(list(todo), results, journal=journal))
+    return {origin: result for origin, result in fresh.items() if result is not None}
 
 
 def examine_file(path: Path) -> Examined:
     """Hash and probe one file."""
     status = path.stat()
-    info, fault = None, None
     sha256 = hashing.file_sha256(path)
-    try:
-        info = probe(path)
-    except ClipFault as clip_fault:
-        fault = (clip_fault.reason, clip_fault.detail)
-    return Examined(status.st_size, status.st_mtime_ns, sha256, info, fault)
+    return Examined(status.st_size, status.st_mtime_ns, sha256, *_probed(path))
 
 
-def _examined(paths: Sequence[Path], *, workers: int) -> Generator[Examined]:
-    if len(paths) <= FEW or workers <= 1:
-        yield from map(examine_file, paths)
-        return
-    # spawn: a forked child of a process that uses threads may hang
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(paths)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=die_with_parent,
-    )
-    count = 0
+@dataclass(frozen=True)
+class _Job:
+    """A clip to look at."""
+
+    name: str
+    content: Content
+    stamp: Stamp
+    sha256: str = ""
+    """Of a clip that is a row."""
+    known: Examined | None = None
+    """What is known of that content."""
+
+
+def _jobs(
+    clips: Mapping[Origin, Stamp], footage: Footage, *, known: Mapping[str, Examined]
+) -> Iterator[_Job]:
+    for (origin, stamp), content in zip(clips.items(), footage.read(clips), strict=True):
+        if isinstance(content, Path):
+            yield _Job(str(content), content, stamp)
+            continue
+        sha256 = hashlib.sha256(content).hexdigest()
+        old = known.get(sha256)
+        yield _Job(str(origin), b"" if old else content, stamp, sha256, old)
+
+
+def _do(job: _Job) -> Examined:
+    if isinstance(job.content, Path):
+        return examine_file(job.content)
+    found = (job.known.info, job.known.fault) if job.known else _probed(job.content)
+    return Examined(*job.stamp, job.sha256, *found)
+
+
+def _probed(content: Content) -> tuple[VideoInfo | None, tuple[str, str] | None]:
     try:
-        for result in pool.map(examine_file, paths, chunksize=CHUNK):
-            yield result
-            count += 1
-    except BrokenProcessPool:
-        suspects = "\n".join(map(repr, map(str, paths[count : count + CHUNK * workers])))
-        logger.error("a process died, of a lack of memory or of one of these files:\n%s", suspects)
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+        return probe(content), None
+    except ClipFault as fault:
+        return None, (fault.reason, fault.detail)
 
 
 def _journaled(
-    names: Sequence[str], results: Generator[Examined], *, journal: Path
-) -> Iterator[tuple[str, Examined]]:
+    origins: Sequence[Origin], results: Generator[Examined], *, journal: Path
+) -> Iterator[tuple[Origin, Examined]]:
     journal.parent.mkdir(parents=True, exist_ok=True)
-    progress = Progress("probe", total=len(names))
+    progress = Progress("probe", total=len(origins))
     with open(journal, "a", encoding="utf-8") as file, contextlib.closing(progress):
         file.write("\n")  # ends a line that a kill cut off
-        for name, result in zip(names, results, strict=True):
-            line = {"name": name, "version": DECODE_SETTINGS["version"]}
+        for origin, result in zip(origins, results, strict=True):
+            line = {"name": str(origin), "version": DECODE_SETTINGS["version"]}
             file.write(json.dumps(line | dataclasses.asdict(result)) + "\n")
             file.flush()
             atomic.fault("probe")
-            progress.advance(name)
-            yield name, result
+            progress.advance(str(origin))
+            yield origin, result
 
 
 def _read_journal(journal: Path) -> dict[str, Examined]:

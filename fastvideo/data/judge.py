@@ -3,16 +3,17 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastvideo.config.recipe import Clip, MergedSource, ParquetSource, Recipe
+from fastvideo.config.recipe import Clip, HfSource, MergedSource, Recipe, Source
 from fastvideo.data.decode import VideoInfo
 from fastvideo.data.examine import Examined, examine
 from fastvideo.data.filters import reject_captions, reject_video, usable_captions
-from fastvideo.data.source import Item, read_merged
+from fastvideo.data.footage import Footage, Origin
+from fastvideo.data.items import Item
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class ClipRow:
     item: int
     """Position in the source, from 0."""
     id: str
-    """The path as the source writes it; empty if there is none."""
+    """What the source calls it, for a file the path as written; empty if there is none."""
     path: str
-    """The file, relative to ``videos/``; empty if the item cannot be used."""
+    """The file, relative to the folder of the source; of a row of a data file its id. A clip keeps
+    its place by it. Empty if the item cannot be used."""
     captions: tuple[str, ...]
     """Usable captions; all of them where none is."""
     split: str
@@ -39,11 +41,12 @@ class ClipRow:
     row: int | None
     """Position in the shard; clips that fail later take none in the file."""
     bytes: int
-    """Size of the file; this and what follows is 0 or empty if the file was not looked at."""
+    """Size of the file that is the clip or holds it; this and what follows is 0 or empty if it was
+    not looked at."""
     mtime_ns: int
     """Time of its last change."""
     sha256: str
-    """Of its content."""
+    """Of the clip's content."""
     width: int
     """This and what follows is as in `VideoInfo`."""
     height: int
@@ -52,37 +55,67 @@ class ClipRow:
     duration_s: float
     rotation: int
     codec: str
+    data_file: str = ""
+    """The data file that holds it, relative to the folder of the source; empty for a file."""
+    data_row: int | None = None
+    """Of that data file, from 0."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where its bytes are."""
+        return Origin(self.data_file, self.data_row) if self.data_file else Origin(self.path)
+
+    def located(self, detail: str) -> str:
+        """A detail with the place of a clip whose id does not say it."""
+        return f"{self.origin}: {detail}" if self.data_file else detail
 
 
-def judge_merged(
-    recipe: Recipe, source: MergedSource, *, known: Mapping[str, Examined], journal: Path
+def judge(
+    recipe: Recipe,
+    source: MergedSource | HfSource,
+    items: Sequence[Item],
+    footage: Footage,
+    *,
+    known: Mapping[str, Examined],
+    journal: Path,
 ) -> list[ClipRow]:
-    """Look at the clips of a merged source; rows without places, in its order.
+    """Look at the clips of a source of videos; rows without places, in its order.
 
     Args:
         recipe: ``clip`` and ``preprocess.decode_workers`` matter.
         source: The data set.
-        known: What is known of files, by path below ``videos/``; they are not read if unchanged.
+        items: What it lists.
+        footage: Its clips.
+        known: What is known of clips, by origin as text; they are not read if unchanged.
         journal: Where results go as they come.
 
     Raises:
-        UserError: The source cannot be read.
         OSError: A file could not be read; no clip is to blame.
     """
-    items = read_merged(source)
-    videos = source.path.absolute() / "videos"
-    paths = {i.index: str(i.path.relative_to(videos)) for i in items if i.path is not None}
-    files = {paths[i.index]: i.path for i in items if i.path is not None}
+    clips = {item.origin: item.stamp for item in items if item.origin is not None}
     workers = recipe.preprocess.decode_workers
-    examined = examine(files, known=known, journal=journal, workers=workers)
-    rows = []
+    examined = examine(clips, footage, known=known, journal=journal, workers=workers)
+    rows: list[ClipRow] = []
+    taken: set[str] = set()
     for item in items:
-        path = paths.get(item.index, "")
-        judged = _judge_one(
-            item, path=path, file=examined.get(path), clip=recipe.clip, source=source
-        )
-        rows.append(judged)
+        found = examined[item.origin] if item.origin is not None else None
+        name = _name(item, found, taken=taken) if found else item.id
+        taken |= {name} if found else set()
+        rows.append(_judge_one(item, name=name, found=found, clip=recipe.clip, source=source))
     return rows if source.filters.allow_duplicates else without_duplicates(rows)
+
+
+def _name(item: Item, found: Examined, *, taken: Collection[str]) -> str:
+    """What the source calls a clip, if it does and no other one has that name.
+
+    Else its name follows from its content, so that it stays when rows move to other files.
+    """
+    digest = found.sha256[:16]
+    names = (item.id or digest, f"{item.id}#{digest}", f"{digest}#{item.origin}")
+    name = next((name for name in names if name not in taken), names[-1])
+    while name in taken:
+        name += "'"
+    return name
 
 
 def without_duplicates(rows: Iterable[ClipRow]) -> list[ClipRow]:
@@ -93,7 +126,7 @@ def without_duplicates(rows: Iterable[ClipRow]) -> list[ClipRow]:
         if row.state == "accepted":
             twin = first_with.setdefault(row.sha256, row.id)
             if twin != row.id:
-                detail = f"the same content as {twin!r}"
+                detail = row.located(f"the same content as {twin!r}")
                 row = with_verdict(row, "filtered", "duplicate_content", detail)
         kept.append(row)
     return kept
@@ -106,51 +139,65 @@ def with_verdict(
     return dataclasses.replace(row, state=verdict, reason=reason, detail=detail)
 
 
-def seeded_split(clip: str, *, source: MergedSource | ParquetSource) -> str:
+def seeded_split(clip: str, *, source: Source) -> str:
     """``train`` or ``heldout``, the same for a clip whatever other clips there are."""
     digest = hashlib.sha256(f"{source.heldout_seed}:{clip}".encode()).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") < source.heldout * 2**64 else "train"
 
 
 def _judge_one(
-    item: Item, *, path: str, file: Examined | None, clip: Clip, source: MergedSource
+    item: Item,
+    *,
+    name: str,
+    found: Examined | None,
+    clip: Clip,
+    source: MergedSource | HfSource,
 ) -> ClipRow:
     filters = source.filters
     captions = usable_captions(item.captions, filters=filters) or item.captions
-    row = _row(item, path=path, file=file, captions=captions, source=source)
+    split = (item.split or seeded_split(name, source=source)) if name else ""
+    row = _row(item, name=name, found=found, captions=captions, split=split)
     if item.problem is not None:
         return with_verdict(row, *item.problem)
-    assert file is not None
-    if file.fault is not None:
-        return with_verdict(row, "failed", *file.fault)
-    assert file.info is not None
+    assert found is not None
+    if found.fault is not None:
+        reason, detail = found.fault
+        return with_verdict(row, "failed", reason, row.located(detail))
+    assert found.info is not None
     rejected = reject_captions(captions, filters=filters)
-    rejected = rejected or reject_video(file.info, clip=clip, filters=filters)
-    return with_verdict(row, "filtered", *rejected) if rejected else row
+    rejected = rejected or reject_video(found.info, clip=clip, filters=filters)
+    if rejected is None:
+        return row
+    reason, detail = rejected
+    return with_verdict(row, "filtered", reason, row.located(detail))
 
 
 def _row(
     item: Item,
     *,
-    path: str,
-    file: Examined | None,
+    name: str,
+    found: Examined | None,
     captions: tuple[str, ...],
-    source: MergedSource,
+    split: str,
 ) -> ClipRow:
-    info = file.info if file and file.info else VideoInfo(0, 0, 0, 0.0, 0, 0.0, "")
+    info = found.info if found and found.info else VideoInfo(0, 0, 0, 0.0, 0, 0.0, "")
+    origin = item.origin or Origin("")
+    stored = origin.row is not None
     return ClipRow(
         item=item.index,
-        id=item.id,
-        path=path,
+        id=name,
+        path=name if stored else origin.file,
         captions=captions,
-        split=(item.split or seeded_split(item.id, source=source)) if item.id else "",
+        split=split,
         state="accepted",
         reason="",
         detail="",
         shard=None,
         row=None,
-        bytes=file.bytes if file else 0,
-        mtime_ns=file.mtime_ns if file else 0,
-        sha256=file.sha256 if file else "",
+        bytes=found.bytes if found else 0,
+        mtime_ns=found.mtime_ns if found else 0,
+        sha256=found.sha256 if found else "",
+        data_file=origin.file if stored else "",
+        data_row=origin.row,
         **vars(info),
     )

@@ -20,7 +20,8 @@ from fastvideo.data.adopt import judge_parquet
 from fastvideo.data.changes import log_changes
 from fastvideo.data.decode import DECODE_SETTINGS, VideoInfo
 from fastvideo.data.examine import Examined
-from fastvideo.data.judge import ClipRow, judge_merged
+from fastvideo.data.judge import ClipRow, judge
+from fastvideo.data.listing import list_clips
 from fastvideo.errors import UserError
 from fastvideo.log import logger
 from fastvideo.state import ShardStore
@@ -40,6 +41,8 @@ _SCHEMA = pa.schema(
         pa.field("duration_s", pa.float64()),
         pa.field("rotation", _INT),
         pa.field("codec", _TEXT),
+        pa.field("data_file", _TEXT),
+        pa.field("data_row", _INT),
     ]
 )
 
@@ -107,8 +110,9 @@ def _judged(
         return judge_parquet(
             recipe, source, store=store, columns=settings["columns"], placed=previous.places()
         )
+    items, footage = list_clips(source)
     known = previous.examined()
-    return judge_merged(recipe, source, known=known, journal=store.probes)
+    return judge(recipe, source, items, footage, known=known, journal=store.probes)
 
 
 # ---------------------------------------------------------------- place
@@ -164,10 +168,10 @@ class Manifest:
         }
 
     def examined(self) -> dict[str, Examined]:
-        """What is known of the files, by path, if this version of the code found it."""
+        """What is known of the clips, by origin as text, if this version of the code found it."""
         if self.probe_version != DECODE_SETTINGS["version"]:
             return {}
-        return {row.path: _examined(row) for row in self.rows if row.sha256}
+        return {str(row.origin): _examined(row) for row in self.rows if row.sha256}
 
 
 _INFO_FIELDS = tuple(field.name for field in dataclasses.fields(VideoInfo))
@@ -175,7 +179,7 @@ _INFO_FIELDS = tuple(field.name for field in dataclasses.fields(VideoInfo))
 
 def _examined(row: ClipRow) -> Examined:
     info = VideoInfo(**{name: getattr(row, name) for name in _INFO_FIELDS}) if row.codec else None
-    fault = None if info else (row.reason, row.detail)
+    fault = None if info else (row.reason, row.detail.removeprefix(row.located("")))
     return Examined(row.bytes, row.mtime_ns, row.sha256, info, fault)
 
 

@@ -226,7 +226,7 @@ class Planned:
     rows: list[ClipRow]
 
     def decode(self, row: ClipRow) -> Any:
-        return decode_clip(self.recipe.source.path / "videos" / row.path, **CLIP)  # type: ignore[arg-type]
+        return decode_clip(Path(self.recipe.source.path) / "videos" / row.path, **CLIP)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

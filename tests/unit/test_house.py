@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "diffusers", "transformers", "peft", "pyarrow", "av", "numpy"}
+HEAVY = {"torch", "diffusers", "transformers", "peft", "pyarrow", "datasets", "av", "numpy"}
 # Below fastvideo/, from docs/design.md; the linter refuses names that do not exist yet.
 TORCH_FREE = (
     "config",

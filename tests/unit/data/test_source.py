@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from fastvideo.config.recipe import MergedSource
-from fastvideo.data.source import Item, read_merged
+from fastvideo.data.footage import Origin
+from fastvideo.data.items import Item
+from fastvideo.data.source import merged_footage, read_merged
 from fastvideo.errors import UserError
 
 
@@ -34,7 +36,7 @@ def read_items(root: Path, *entries: Any) -> list[Item]:
 def problem_of(root: Path, entry: Any) -> tuple[str, str, str]:
     (item,) = read_items(root, entry)
     assert item.problem is not None
-    assert item.path is None
+    assert item.origin is None
     return item.problem
 
 
@@ -44,7 +46,9 @@ def problem_of(root: Path, entry: Any) -> tuple[str, str, str]:
 def test_upstreams_item_is_read_and_its_hints_are_ignored(root: Path) -> None:
     hints = {"resolution": {"width": 1, "height": None}, "fps": "?", "num_frames": -1, "size": []}
     (item,) = read_items(root, {"path": "a.mp4", "cap": ["one", "two"], **hints})
-    assert item == Item(0, "a.mp4", root / "videos/a.mp4", ("one", "two"), None, None)
+    status = (root / "videos/a.mp4").stat()
+    stamp = status.st_size, status.st_mtime_ns
+    assert item == Item(0, "a.mp4", Origin("a.mp4"), stamp, ("one", "two"), None, None)
 
 
 def test_a_caption_may_be_a_text(root: Path) -> None:
@@ -66,8 +70,10 @@ def test_json_lines_are_read_too(root: Path) -> None:
 def test_a_relative_root_gives_absolute_paths(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_items(root, {"path": "a.mp4", "cap": "a"})
     monkeypatch.chdir(root.parent)
-    (item,) = read_merged(MergedSource(path=Path(root.name)))
-    assert item.path == root / "videos/a.mp4"
+    source = MergedSource(path=Path(root.name))
+    (item,) = read_merged(source)
+    assert item.origin is not None
+    assert list(merged_footage(source).read([item.origin])) == [root / "videos/a.mp4"]
 
 
 def test_links_may_lead_out_of_the_folder(root: Path) -> None:

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which files a split of a data set has; `datasets` finds them, or a saved set lists them."""
+
+import json
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from zipfile import BadZipFile
+
+from yaml import YAMLError
+
+from fastvideo.config.recipe import HfSource
+from fastvideo.data.hf.root import LocalRoot, Root
+from fastvideo.data.items import clipped
+from fastvideo.errors import UserError
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """The data files of a split."""
+
+    tables: tuple[str, ...]
+    """Relative to the root, in the order of the set."""
+    is_folder: bool
+    """Whether these are metadata of a folder of videos."""
+    videos: tuple[str, ...] = ()
+    """The videos of that folder."""
+
+
+def find_files(source: HfSource, root: Root) -> SplitFiles:
+    """Find the files of ``source.split``.
+
+    Raises:
+        UserError: There is no such configuration or split, or nothing that can be read.
+    """
+    if isinstance(root, LocalRoot) and (saved := _saved_splits(root)):
+        if source.name is not None:
+            raise UserError(
+                f"source.name={source.name}: {root.folder} was written by save_to_disk, which "
+                "keeps one configuration; remove the key"
+            )
+        return SplitFiles(tuple(_saved_files(root, _chosen(source, saved))), is_folder=False)
+    builder = _builder(source, root)
+    splits = {str(split): files for split, files in builder.config.data_files.items()}
+    files = [root.relative(file) for file in _chosen(source, splits)]
+    if builder.name == "videofolder":
+        return _folder(source, files)
+    return SplitFiles(tuple(files), is_folder=False)
+
+
+def _chosen(source: HfSource, splits: dict[str, Any]) -> Any:
+    if source.split not in splits:
+        raise UserError(
+            f"source.split={source.split}: {source.path} has the splits {', '.join(splits)}"
+        )
+    return splits[source.split]
+
+
+def _folder(source: HfSource, files: Sequence[str]) -> SplitFiles:
+    tables = [file for file in files if posixpath.basename(file) in METADATA]
+    archives = [file for file in files if file.lower().endswith(".zip")]
+    if archives:
+        raise UserError(
+            f"source.path={source.path}: {archives[0]} is an archive, in which clips cannot be "
+            "found again; unpack it"
+        )
+    if not tables:
+        raise UserError(
+            f"source.path={source.path}: the split {source.split} is a folder of {len(files)} "
+            "videos without captions; put metadata.csv or metadata.jsonl beside them, with the "
+            "columns file_name and caption, or name the file that has them as data_files in the "
+            "folder's README.md"
+        )
+    videos = tuple(file for file in files if file not in tables)
+    return SplitFiles(tuple(tables), is_folder=True, videos=videos)
+
+
+# ---------------------------------------------------------------- save_to_disk
+
+
+def _saved_splits(root: LocalRoot) -> dict[str, str]:
+    """Folders by split, if ``save_to_disk`` wrote this one."""
+    if listed := _json(root, "dataset_dict.json"):
+        return {split: split for split in listed["splits"]}
+    state = _json(root, "state.json")
+    return {state.get("_split") or "train": ""} if "_data_files" in state else {}
+
+
+def _saved_files(root: LocalRoot, folder: str) -> list[str]:
+    file = posixpath.join(folder, "state.json")
+    files = _json(root, file).get("_data_files")
+    if files is None:
+        raise UserError(f"{root.folder / file}: lists no files; save the data set again")
+    return [posixpath.join(folder, entry["filename"]) for entry in files]
+
+
+def _json(root: LocalRoot, file: str) -> dict[str, Any]:
+    """Empty if there is no such file."""
+    try:
+        found = json.loads((root.folder / file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(
+            f"{root.folder / file}: is damaged ({error}); save the data set again"
+        ) from None
+    return found if isinstance(found, dict) else {}
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def _builder(source: HfSource, root: Root) -> Any:
+    """What ``datasets`` makes of the folder or repository, before anything is loaded."""
+    from datasets import load_dataset_builder
+
+    try:
+        return load_dataset_builder(root.address, source.name, revision=root.revision)
+    except ValueError as error:
+        reason = _wrong_name(source, root) or f"source.path={source.path}: {_line(error)}"
+        raise UserError(reason) from None
+    except (FileNotFoundError, RuntimeError, ImportError, YAMLError, BadZipFile) as error:
+        raise UserError(
+            f"source.path={source.path}: holds no data set that can be read ({_line(error)}); it "
+            "needs files of the set in Parquet, Arrow, CSV, JSON or tar, or videos with "
+            "metadata.csv or metadata.jsonl, and a README.md that says nothing else"
+        ) from None
+
+
+def _wrong_name(source: HfSource, root: Root) -> str:
+    """The message for a configuration that is not there, or that is needed; else empty."""
+    from datasets import get_dataset_config_names
+
+    try:
+        names = get_dataset_config_names(root.address, revision=root.revision)
+    except ValueError:
+        return ""
+    has = f"{source.path} has the configurations {', '.join(names)}"
+    if source.name is None and len(names) > 1:
+        return f"source.path={has}; write one as source.name"
+    return f"source.name={source.name}: {has}" if source.name and source.name not in names else ""
+
+
+def _line(error: Exception) -> str:
+    return clipped(next(iter(str(error).splitlines()), type(error).__name__))
