@@ -77,6 +77,8 @@ def read_requests(recipe: Recipe, file: Path) -> list[dict[str, Any]]:
 def write_video(path: Path, frames_FHWC: "npt.NDArray[np.uint8]", *, fps: float) -> None:
     """Write H.264 in mp4 (yuv420p, visually lossless), complete or not at all.
 
+    In one thread: with several, x264 now and then makes other bytes of the same frames.
+
     Args:
         path: The file.
         frames_FHWC: RGB, uint8; even height and width.
@@ -94,7 +96,7 @@ def write_video(path: Path, frames_FHWC: "npt.NDArray[np.uint8]", *, fps: float)
         av.open(str(temporary), "w", format="mp4") as container,
     ):
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "17", "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for index in range(num_frames):
             frame = av.VideoFrame.from_ndarray(frames_FHWC[index], format="rgb24")
