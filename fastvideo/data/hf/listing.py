@@ -88,7 +88,10 @@ def _rows(source: HfSource, root: Root, files: SplitFiles) -> Iterator[tuple[_Ta
 def _item(index: int, row: TableRow, table: _Table, *, seen: dict[str, int]) -> Item:
     path, captions = row.video.path, tuple[str, ...]()
     name = path if isinstance(path, str) and is_unicode(path) else ""
+    if name and not row.video.embedded:
+        name = posixpath.normpath(posixpath.join(table.folders[0], name))
     try:
+        captions = captions_of(row.caption, key=table.columns.caption)
         if row.video.embedded:
             origin, stamp = Origin(table.file, row.index), table.stamp
         else:
@@ -97,7 +100,6 @@ def _item(index: int, row: TableRow, table: _Table, *, seen: dict[str, int]) -> 
             if origin.file in seen:
                 detail = f"{short(path)} is the file of item {seen[origin.file]}"
                 raise UnusableError("filtered", "duplicate_path", detail)
-        captions = captions_of(row.caption, key=table.columns.caption)
         if not captions:
             detail = f"{table.columns.caption} is {short(row.caption)}"
             raise UnusableError("filtered", "no_caption", detail)
