@@ -144,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", help="train, export, generate: the same as VERB.dtype=..., e.g. bfloat16"
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="export: the average of train.ema, as export.ema=true"
+    )
     return parser
 
 
@@ -187,6 +190,8 @@ def _load(arguments: argparse.Namespace) -> "Recipe":
     overrides = list(arguments.overrides)
     if arguments.dtype:
         overrides.append(f"{arguments.verb}.dtype={arguments.dtype}")
+    if arguments.ema:
+        overrides.append("export.ema=true")
     return Recipe.load(arguments.recipe, overrides)
 
 
@@ -198,6 +203,7 @@ def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
         "cluster": ("plan",),
         "force": ("train", "run"),
         "dtype": ("export", "generate", "train"),
+        "ema": ("export",),
     }
     for name, verbs in owners.items():
         if getattr(arguments, name) not in (None, False) and arguments.verb not in verbs:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The average of what trains: what it is, that it goes on after a restart, and who uses it."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fastvideo.state import RunDir
 from fastvideo.train.average import decay_at
 from fastvideo.train.launcher import train
 from tests.layouts_job import Layout, records, same, stored, train_in, weights
-from tests.tiny_world import World, in_fork, make_world
+from tests.tiny_world import World, fastvideo, in_fork, make_world
 
 ONE, FSDP = Layout(), Layout(replicate=2, shard=2)
 EMA = "train.ema={decay: 0.8}"
@@ -104,8 +105,8 @@ def test_held_out_losses_are_those_of_the_average(world: World, tmp_path: Path) 
 
 def test_an_export_may_carry_it(world: World, run_dir: Path, tmp_path: Path) -> None:
     options = (EMA, "train.global_batch_size=4", *EVERY)
-    recipe = world.load(f"run_dir={run_dir}", *options, "export.ema=true")
-    assert export(recipe)["ran"]
+    done = fastvideo("export", world, f"run_dir={run_dir}", *options, "--ema", "--json")
+    assert json.loads(done.out)["ran"], done.err
     (file,) = (RunDir(run_dir).export / "transformer").glob("*.safetensors")
     assert same(load_file(file), average(run_dir, 4))
     assert not same(load_file(file), weights(run_dir, 4))

@@ -24,7 +24,7 @@ from fastvideo.state import RunDir, TrainDir, read_checkpoint_marker
 from fastvideo.train import loop, sampler
 from fastvideo.train.launcher import train
 from tests.layouts_job import losses, same, weights
-from tests.tiny_world import PAIRS, Pair, World, digests, fastvideo, in_fork, make_world
+from tests.tiny_world import PAIRS, WAN21, Pair, World, digests, fastvideo, in_fork, make_world
 
 NO_HELDOUT = "train.heldout.every_steps=null"
 SAMPLED = ("train.samples={every_steps: 2}", "train.steps=4", NO_HELDOUT)
@@ -71,10 +71,28 @@ def test_samples_are_the_videos_of_the_exported_model_bit_for_bit(
     pair: Pair, tmp_path: Path
 ) -> None:
     """And no text or image encoder is at hand while it trains."""
+    check_samples(pair, tmp_path)
+
+
+ADAPTERS = (
+    "train.method={kind: lora, rank: 3, alpha: 6, norms: true}",
+    "train.optimizer.lr=1e-2",
+    "train.ema={decay: 0.5}",
+    "export.ema=true",
+)
+
+
+@pytest.mark.parametrize("pair", [WAN21, Pair("wan2.2-a14b"), Pair("hunyuan-video")], ids=str)
+def test_so_are_those_of_averaged_adapters(pair: Pair, tmp_path: Path) -> None:
+    """Of A14B the other expert has its average as well."""
+    check_samples(pair, tmp_path, *ADAPTERS)
+
+
+def check_samples(pair: Pair, tmp_path: Path, *options: str) -> None:
     write_tiny(tmp_path / "model", family=pair.family, task=pair.task)
     world = make_world(tmp_path, clips=2, model=tmp_path / "model", pair=pair)
     samples = ("train.samples={every_steps: 2}", "train.steps=2", NO_HELDOUT)
-    recipe = world.load("shards.dtype=float32", *samples, *guided(pair))
+    recipe = world.load("shards.dtype=float32", *samples, *guided(pair), *options)
     base = world.load("generate.weights=base", *guided(pair))
 
     def work() -> None:
