@@ -8,7 +8,6 @@ from typing import Any
 from fastvideo import atomic, hashing, model_card, state, trained
 from fastvideo.config.recipe import Recipe
 from fastvideo.config.train import Lora
-from fastvideo.errors import UserError
 from fastvideo.export_folder import copy_config, copy_parts, name_tokenizers, replacing_folder
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
@@ -27,9 +26,8 @@ def export(recipe: Recipe) -> dict[str, Any]:
         ``{"path": folder, "steps": {transformer: step}, "ran": whether anything was to be done}``.
 
     Raises:
-        UserError: There is no complete checkpoint, or no average in one.
+        UserError: There is no complete checkpoint.
     """
-    _check(recipe)
     run_dir = RunDir(recipe.run_dir)
     base = find_model(recipe.model.path)
     checkpoints = trained.newest(recipe, base)
@@ -59,13 +57,6 @@ def export(recipe: Recipe) -> dict[str, Any]:
         _write(recipe, base=base, checkpoints=checkpoints, card=card, made_from=made_from)
     logger.info("exported %s to %s", _describe(steps), run_dir.export)
     return {**result, "ran": True}
-
-
-def _check(recipe: Recipe) -> None:
-    if recipe.export.ema and recipe.train.ema is None:
-        raise UserError(
-            "export.ema: training keeps no average; set train.ema before training, or leave it out"
-        )
 
 
 def _training(recipe: Recipe, transformer: str, checkpoint: Path) -> model_card.Training:

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapters of checkpoints as LoRA files that diffusers, and ComfyUI, load."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from fastvideo.checkpoint import Part
 from fastvideo.config.recipe import Recipe
@@ -21,9 +26,14 @@ def write_adapters(
     """
     part: Part = "average" if recipe.export.ema else "model"
     found = read_adapter(recipe, base, transformer=transformer, checkpoint=checkpoint, part=part)
-    write_lora(target / LORA_FILES[transformer], found.adapter)
+    adapter = replace(found.adapter, tensors=_cast(recipe, found.adapter.tensors))
+    write_lora(target / LORA_FILES[transformer], adapter)
     if found.others:
-        write_tensors(target / NORM_FILES[transformer], found.others, metadata={"format": "pt"})
+        write_tensors(target / NORM_FILES[transformer], _cast(recipe, found.others))
     if recipe.export.comfyui:
-        path = target / COMFYUI_FILES[transformer]
-        write_comfyui(path, found.adapter, family=recipe.model.family)
+        write_comfyui(target / COMFYUI_FILES[transformer], adapter, family=recipe.model.family)
+
+
+def _cast(recipe: Recipe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    dtype = getattr(torch, recipe.export.dtype)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}

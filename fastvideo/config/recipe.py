@@ -19,7 +19,7 @@ from pydantic import (
 from fastvideo.config.architectures import Architecture, architecture
 from fastvideo.config.parallel import Parallel
 from fastvideo.config.spec import Spec
-from fastvideo.config.train import Share, Train
+from fastvideo.config.train import Lora, Share, Train
 
 
 def _not_empty(value: str) -> str:
@@ -216,7 +216,7 @@ class Export(Spec):
     ema: bool = False
     """Take the average of `train.ema` instead of the last weights."""
     comfyui: bool = False
-    """Write LoRA files for ComfyUI as well."""
+    """Write LoRA files for ComfyUI as well; of adapters only."""
 
 
 class LoraFile(Spec):
@@ -376,6 +376,20 @@ class Recipe(Spec):
             raise ValueError(
                 "train.samples: there is nothing to sample; name a JSON file with prompts as "
                 "validation.prompts and run preprocess, or remove train.samples"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_exported_is_trained(self) -> Self:
+        if self.export.ema and self.train.ema is None:
+            raise ValueError(
+                "export.ema=True: training keeps no average; set train.ema before training, or "
+                "leave it out"
+            )
+        if self.export.comfyui and not isinstance(self.train.method, Lora):
+            raise ValueError(
+                f"export.comfyui=True: is for adapters, train.method.kind is "
+                f"{self.train.method.kind}; remove the key"
             )
         return self
 

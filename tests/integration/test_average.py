@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvideo.config.train import Ema
-from fastvideo.errors import UserError
 from fastvideo.export import export
 from fastvideo.preprocess import preprocess
 from fastvideo.state import RunDir
@@ -114,11 +113,6 @@ def test_an_export_may_carry_it(world: World, run_dir: Path, tmp_path: Path) -> 
     last = world.load(f"run_dir={run_dir}", *options)
     assert export(last)["ran"], "another choice is another export"
     assert same(load_file(file), weights(run_dir, 4))
-
-
-def test_an_export_of_an_average_that_none_keeps_is_refused(world: World, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"export\.ema.*set train\.ema"):
-        export(world.load(f"run_dir={tmp_path}", "export.ema=true"))
 
 
 def test_an_average_asked_for_later_begins_with_the_weights(world: World, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fastvideo import sampled
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.export import export
+from fastvideo.export_adapters import write_adapters
 from fastvideo.generate import generate
 from fastvideo.models.family import find_family
 from fastvideo.models.lora_file import read_lora
@@ -351,6 +352,24 @@ def test_loras_keep_their_alpha_and_say_how_to_load_them(jobs: dict[str, Job], n
         assert ours.pairs().keys() == adapter.pairs().keys()
     assert ("load_into_transformer_2=True" in card) == (len(loras(job.recipe)) == 2)
     assert not (job.export / "model_index.json").exists()
+
+
+def test_a_bfloat16_lora_is_the_float32_one_rounded(jobs: dict[str, Job], tmp_path: Path) -> None:
+    job = jobs["tiny_wan2.1_t2v_lora"]
+    half = job.load("export.dtype=bfloat16", "export.comfyui=false")
+    checkpoint = RunDir(half.run_dir).training().newest_checkpoint()
+    assert checkpoint is not None
+    write_adapters(
+        tmp_path,
+        half,
+        base=Path(half.model.path),
+        transformer="transformer",
+        checkpoint=checkpoint,
+    )
+    found, whole = (read_lora(next(f.glob("pytorch_*"))).tensors for f in (tmp_path, job.export))
+    for key, tensor in whole.items():
+        assert found[key].dtype == torch.bfloat16
+        assert torch.equal(found[key], tensor.bfloat16()), key
 
 
 @pytest.mark.parametrize("name", [*TWINS, *LORAS])
