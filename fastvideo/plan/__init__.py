@@ -47,7 +47,7 @@ class Machine:
 
     def host(self, needed: Memory) -> int:
         """Host memory of a node, bytes."""
-        return self.per_node * (needed.host + (needed.total if self.is_cpu else 0))
+        return self.per_node * (needed.host + (needed.peak if self.is_cpu else 0))
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,12 @@ def _transformer(
 
 
 def _placed(
+SAMPLES = (
+    "train.samples: not counted are the working memory of decoding, which generate.vae_tiling "
+    "bounds, and the time of sampling"
+)
+
+
     recipe: Recipe, config: Config, machine: Machine, folder: str, remarks: Remarks
 ) -> dict[str, Any]:
     """The layout and what each GPU and each host holds."""
@@ -177,18 +183,22 @@ def _placed(
     needed = memory(recipe, config, processes=machine.processes, shard=chosen.shard)
     host, fits, fits_host = machine.host(needed), None, None
     if device:
-        fits = needed.total <= device.memory_gib * GIB
+        fits = needed.peak <= device.memory_gib * GIB
     if machine.host_gib and not machine.is_cpu:
         fits_host = host <= machine.host_gib * GIB
     remark = None
     if fits is False or (smallest is None and not machine.is_cpu):
         remark = f"{layout.describe(needed)} on each GPU, {_way_out(recipe, config, machine)}"
     elif fits_host is False:
+        if device and needed.total <= device.memory_gib * GIB:
+            remark += "; or train.samples=null, for only sampling needs so much"
         remark = _host_way_out(recipe, config, machine, needed)
     if remark:
         kind = remarks.notes if machine.assumed else remarks.problems
         kind.append(f"{folder}: {_asked(chosen)} needs {remark}")
     return {
+    if needed.sampling:
+        remarks.notes.append(SAMPLES)
         "layout": {**asdict(chosen), "data": chosen.data},
         "memory": {**asdict(needed), "total": needed.total, "host_of_node": host},
         "fits": fits,
@@ -210,7 +220,7 @@ def _chosen(recipe: Recipe, config: Config, machine: Machine) -> tuple[Layout, D
 
     def is_enough(device: Device) -> bool:
         needed = memory(recipe, config, processes=processes, shard=on(device).shard)
-        return needed.total <= device.memory_gib * GIB
+        return needed.peak <= device.memory_gib * GIB
 
     if machine.is_cpu:
         return on(None), None
@@ -244,7 +254,7 @@ def _way_out(recipe: Recipe, config: Config, machine: Machine) -> str:
 def _host_way_out(recipe: Recipe, config: Config, machine: Machine, needed: Memory) -> str:
     """Say what the host has and the nearest setting that fits, on GPUs as large."""
     device, host_gib = machine.device, machine.host_gib
-    gib = device.memory_gib if device else needed.total / GIB
+    gib = device.memory_gib if device else needed.peak / GIB
     found = _nearest(recipe, config, machine, memory_gib=gib)
     ways = [found] if found else []
     alone = machine.per_node * (needed.host - needed.staged)
@@ -362,5 +372,5 @@ def _disk(recipe: Recipe, configs: Mapping[str, Config]) -> dict[str, Any]:
         "checkpoint_bytes": one,
         "checkpoints": count,
         "checkpoints_bytes": count * sum(one.values()),
-        "export_bytes": sum(disk.export_bytes(recipe, config) for config in configs.values()),
+        "export_bytes": sum(_export_bytes(recipe, config) for config in configs.values()),
     }

@@ -22,6 +22,7 @@ RECIPES = sorted((ROOT / "configs/recipes").glob("*.yaml"))
 NODE = ROOT / "configs/clusters/local_8gpu.yaml"
 WAN_14B = ROOT / "configs/recipes/wan2.1_t2v_14b_full.yaml"
 WAN_14B_LORA = ROOT / "configs/recipes/wan2.1_t2v_14b_lora.yaml"
+A14B_LORA = ROOT / "configs/recipes/wan2.2_t2v_a14b_lora.yaml"
 EVERY = """
 import json, sys, time
 from pathlib import Path
