@@ -21,6 +21,7 @@ from fastvideo.cost.transformer import (
     trained_parameters,
 )
 from fastvideo.errors import UserError
+from fastvideo.models.lora_size import comfyui_bytes
 from fastvideo.models.published import Config, transformer_configs
 from fastvideo.plan.text import copies, counted, size_of
 from fastvideo.state import ShardStore
@@ -168,13 +169,13 @@ def _transformer(
     return found if wrong else {**found, **_placed(recipe, config, machine, folder, remarks)}
 
 
-def _placed(
 SAMPLES = (
     "train.samples: not counted are the working memory of decoding, which generate.vae_tiling "
     "bounds, and the time of sampling"
 )
 
 
+def _placed(
     recipe: Recipe, config: Config, machine: Machine, folder: str, remarks: Remarks
 ) -> dict[str, Any]:
     """The layout and what each GPU and each host holds."""
@@ -189,16 +190,16 @@ SAMPLES = (
     remark = None
     if fits is False or (smallest is None and not machine.is_cpu):
         remark = f"{layout.describe(needed)} on each GPU, {_way_out(recipe, config, machine)}"
-    elif fits_host is False:
         if device and needed.total <= device.memory_gib * GIB:
             remark += "; or train.samples=null, for only sampling needs so much"
+    elif fits_host is False:
         remark = _host_way_out(recipe, config, machine, needed)
     if remark:
         kind = remarks.notes if machine.assumed else remarks.problems
         kind.append(f"{folder}: {_asked(chosen)} needs {remark}")
-    return {
     if needed.sampling:
         remarks.notes.append(SAMPLES)
+    return {
         "layout": {**asdict(chosen), "data": chosen.data},
         "memory": {**asdict(needed), "total": needed.total, "host_of_node": host},
         "fits": fits,
@@ -374,3 +375,8 @@ def _disk(recipe: Recipe, configs: Mapping[str, Config]) -> dict[str, Any]:
         "checkpoints_bytes": count * sum(one.values()),
         "export_bytes": sum(_export_bytes(recipe, config) for config in configs.values()),
     }
+
+
+def _export_bytes(recipe: Recipe, config: Config) -> int:
+    more = comfyui_bytes(recipe, config) if recipe.export.comfyui else 0
+    return disk.export_bytes(recipe, config) + more
