@@ -70,9 +70,10 @@ def extract(base: str, tuned: str, out: Path, *, how: Extraction) -> dict[str, A
 
     Returns:
         ``{"path": folder, "transformers": {name: report}}``; a report has ``modules``, ``rank`` of
-        most, ``kept``, the share of the projections' squared change, ``kept_of_all``, that of all
-        tensors', ``worst``, the module of which least was kept, and ``left_out``, the tensors that
-        are not in the LoRA with the norm of their change.
+        most, ``kept``, the share of the squared change of the projections' weights, and biases if
+        they are asked for, ``kept_of_all``, that of all tensors', ``worst``, the module of which
+        least was kept, and ``left_out``, the tensors that are not in the LoRA with the norm of
+        their change.
 
     Raises:
         UserError: The models are of different architectures or equal, or ``out`` exists.
@@ -133,6 +134,8 @@ def _extract(
             kept.kept += share * squares
         elif module in modules and how.biases:
             biases[module] = change
+            kept.of_projections += squares
+            kept.kept += squares
         else:
             kept.left_out[tensor] = squares
     for module, change in biases.items():
@@ -214,7 +217,7 @@ def _report(name: str, kept: _Kept) -> dict[str, Any]:
     share = kept.kept / kept.of_projections if kept.of_projections else 1.0
     rank = Adapter.of(kept.pairs).rank
     logger.info(
-        "%s: %d adapters, rank %d of most, keep %.2f%% of the squared change of their weights",
+        "%s: %d adapters, rank %d of most, keep %.2f%% of their squared change",
         name,
         len(kept.pairs),
         rank,

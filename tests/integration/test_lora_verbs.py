@@ -197,7 +197,8 @@ def test_what_no_lora_can_hold_is_told(
     shutil.copytree(base, tuned)
     tensors = weights(tuned / "transformer")
     torch.manual_seed(0)
-    for name in ("blocks.0.attn1.to_q.weight", "blocks.0.norm2.weight", "proj_out.bias"):
+    changed = ("blocks.0.attn1.to_q.weight", "blocks.0.norm2.weight", "proj_out.bias")
+    for name in changed:
         tensors[name] = tensors[name] + torch.randn_like(tensors[name]) * 0.01
     save_file(tensors, tuned / "transformer" / NAME)
     done = extract(str(base), str(tuned), tmp_path / "loras", how=Extraction(rank=8))
@@ -205,6 +206,7 @@ def test_what_no_lora_can_hold_is_told(
     assert set(report["left_out"]) == {"blocks.0.norm2.weight", "proj_out.bias"}
     assert report["worst"] == "blocks.0.attn1.to_q" and 0 < report["kept"] < 0.5
     assert report["kept_of_all"] < report["kept"]
+    share = report["kept"]
     assert "2 tensors changed that are no matrices" in caplog.text
     with_bias = Extraction(rank=8, biases=True)
     report = extract(str(base), str(tuned), tmp_path / "more", how=with_bias)["transformers"]
@@ -212,6 +214,15 @@ def test_what_no_lora_can_hold_is_told(
     bias = read_lora(tmp_path / "more" / LORA_FILES["transformer"]).tensors["proj_out.lora_B.bias"]
     change = tensors["proj_out.bias"] - weights(base / "transformer")["proj_out.bias"]
     assert torch.equal(bias, change)
+    squares = {
+        name: float((tensors[name] - before).double().square().sum())
+        for name, before in weights(base / "transformer").items()
+    }
+    weight, norm, bias_too = (squares.pop(name) for name in changed)
+    assert not any(squares.values())
+    kept = share * weight + bias_too
+    assert report["transformer"]["kept"] == pytest.approx(kept / (weight + bias_too))
+    assert report["transformer"]["kept_of_all"] == pytest.approx(kept / (weight + bias_too + norm))
 
 
 def test_the_share_that_is_kept_is_that_of_the_nearest_matrix() -> None:
