@@ -30,6 +30,9 @@ from fastvideo.state import LORA_FILES
 SMALLEST = 1e-32
 """Squared singular values below this, by the largest, are rounding: nothing is divided by them."""
 
+SLACK = 4 * torch.finfo(torch.float64).eps
+"""A share less than asked for by no more is as much."""
+
 
 @dataclass(frozen=True)
 class Extraction:
@@ -183,7 +186,10 @@ def decompose(change: Tensor, *, how: Extraction, device: str = "cpu") -> tuple[
     # of the change, and takes a fraction of the time of the whole decomposition.
     square = change_OI.T @ change_OI if tall else change_OI @ change_OI.T
     squares_R, vectors_XR = (part.flip(-1) for part in torch.linalg.eigh(square))
-    energy_R = squares_R.clamp_min(0).cumsum(0) / squares_R.clamp_min(0).sum()
+    # Of a change of low rank the rest is rounding of the decomposition, up to so much.
+    rounding = squares_R[0] * len(squares_R) * torch.finfo(squares_R.dtype).eps
+    sums_R = squares_R.where(squares_R > rounding, 0).cumsum(0)
+    energy_R = sums_R / sums_R[-1]
     rank = _rank(energy_R, how)
     basis_XR = vectors_XR[:, :rank]
     root_R = squares_R[:rank].clamp_min(squares_R[0] * SMALLEST).pow(0.25)
@@ -201,7 +207,7 @@ def _rank(energy_R: Tensor, how: Extraction) -> int:
     if how.rank is not None:
         return min(how.rank, len(energy_R))
     assert how.energy is not None
-    enough = (energy_R >= how.energy).nonzero()
+    enough = (energy_R >= how.energy - SLACK).nonzero()
     return int(enough[0]) + 1 if len(enough) else len(energy_R)
 
 

@@ -239,6 +239,20 @@ def test_the_share_that_is_kept_is_that_of_the_nearest_matrix() -> None:
     assert less < 0.6 <= share
 
 
+@pytest.mark.parametrize("shape", [(48, 40), (40, 48), (300, 200)])
+def test_all_of_a_change_of_low_rank_needs_no_more_rank(shape: tuple[int, int]) -> None:
+    """The other singular values are rounding; those of a change of full rank are not."""
+    for seed in range(5):
+        draw = torch.Generator().manual_seed(seed)
+        up, down = (torch.randn(size, 4, generator=draw) for size in shape)
+        pair, share = decompose(up @ down.T, how=Extraction(energy=1.0))
+        assert (pair.rank, share) == (4, 1.0)
+        pair, share = decompose(torch.randn(shape, generator=draw), how=Extraction(energy=1.0))
+        assert (pair.rank, share) == (min(shape), 1.0)
+    pair, share = decompose(torch.eye(10), how=Extraction(energy=0.3))
+    assert (pair.rank, share) == (3, pytest.approx(0.3))
+
+
 def test_a_kill_at_any_moment_leaves_nothing_or_all_of_it(models: Path, tmp_path: Path) -> None:
     base, out = str(models / str(WAN21)), tmp_path / "out/loras"
     write_lora(tmp_path / "x.safetensors", small(WAN21, only=in_blocks))
