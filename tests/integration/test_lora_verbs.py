@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastvideo lora``: merged, fused and extracted weights agree; mistakes are named."""
+"""``fastvideo lora``: merged, fused and extracted weights agree."""
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -250,7 +249,7 @@ def test_all_of_a_change_of_low_rank_needs_no_more_rank(shape: tuple[int, int]) 
         pair, share = decompose(torch.randn(shape, generator=draw), how=Extraction(energy=1.0))
         assert (pair.rank, share) == (min(shape), 1.0)
     pair, share = decompose(torch.eye(10), how=Extraction(energy=0.3))
-    assert (pair.rank, share) == (3, pytest.approx(0.3))
+    assert pair.rank == 3 and share == pytest.approx(0.3)
 
 
 def test_a_kill_at_any_moment_leaves_nothing_or_all_of_it(models: Path, tmp_path: Path) -> None:
@@ -301,57 +300,3 @@ def test_the_verbs_print_their_results_as_json(
     merged, extracted = map(json.loads, capsys.readouterr().out.splitlines())
     assert merged["loras"]["transformer"][0]["scale"] == 1
     assert extracted["transformers"]["transformer"]["modules"] == 2 * 10
-
-
-MISTAKES = {
-    "merge --base {base} --lora {root}/none.safetensors {root}/out": "there is no such file or",
-    "merge --base {base} --lora {root} {root}/out": "holds no pytorch_lora_weights.safetensors and",
-    "merge --base {root}/none --lora {lora} {root}/out": "--base {root}/none: there is no such",
-    "merge --base {base} --lora {lora} {root}": "{root}: exists; remove it",
-    "merge --base {base} --lora transformer_2={lora} {root}/out": "transformer_2 is none of this",
-    "merge --base {base} --lora {lora}:inf {root}/out": "the scale inf is not finite",
-    "merge --base {a14b} --lora {lora} {root}/out": "does not say for which it is, transformer and",
-    "merge --base {hunyuan} --lora {lora} {root}/out": "there is no projection blocks.0.attn1",
-    "extract --base {base} --tuned {base} {root}/out": "are those of --base; nothing to do",
-    "extract --base {base} --tuned {hunyuan} {root}/out": "is a hunyuan-video model",
-    "extract --base {base} --tuned {other} {root}/out": "differs from that of --base in eps",
-    "convert {lora} {root}/out --to comfyui": "ends in .safetensors",
-    "convert {lora} {lora} --to comfyui": "exists; remove it or choose",
-    "convert {foreign} {root}/x.safetensors --to diffusers": "a is no projection of Wan or Hunyuan",
-    "convert {vae} {root}/x.safetensors --to comfyui": "is no part of a LoRA",
-}
-
-
-@pytest.mark.parametrize("command", MISTAKES)
-def test_mistakes_are_named_and_leave_nothing(
-    models: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = models / str(WAN21)
-    other = Path(shutil.copytree(base, tmp_path / "other"))
-    config = json.loads((other / "transformer/config.json").read_text())
-    (other / "transformer/config.json").write_text(json.dumps({**config, "eps": 1e-5}))
-    write_lora(tmp_path / "lora.safetensors", random_adapter(WAN21))
-    foreign = {f"a.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
-    save_file(foreign, tmp_path / "foreign.safetensors")
-    places = {
-        "base": base,
-        "a14b": models / str(A14B),
-        "hunyuan": models / "hunyuan-video-t2v",
-        "other": other,
-        "root": tmp_path,
-        "lora": tmp_path / "lora.safetensors",
-        "foreign": tmp_path / "foreign.safetensors",
-        "vae": base / "vae" / NAME,
-    }
-    before = sorted(tmp_path.rglob("*"))
-    assert run(["lora", *command.format(**places).split()]) == 2
-    assert re.search(re.escape(MISTAKES[command].format(**places)), capsys.readouterr().err)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_options_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for options in (["--rank", "0"], ["--energy", "1.5"], ["--rank", "2", "--energy", "0.5"]):
-        with pytest.raises(SystemExit, match="2"):
-            run(["lora", "extract", "--base", "a", "--tuned", "b", *options, "out"])
-    assert run(["--json", "lora", "x"]) == 2
-    assert "fastvideo lora --help" in capsys.readouterr().err
