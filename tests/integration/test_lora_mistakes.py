@@ -126,6 +126,47 @@ def test_numbers_too_large_for_a_dtype_are_refused(
         write_lora(tmp_path / "y.safetensors", Adapter.of(half_pairs))
 
 
+@pytest.mark.parametrize(
+    ("width", "family", "name"),
+    [
+        (3072, None, "final_layer.linear"),
+        (5120, None, "head.head"),
+        (1536, None, "head.head"),
+        (128, "hunyuan-video", "final_layer.linear"),
+        (128, "wan2.2-a14b", "head.head"),
+    ],
+)
+def test_a_name_that_both_models_have_is_told_by_its_shapes(
+    tmp_path: Path, width: int, family: str | None, name: str
+) -> None:
+    """Or by the option."""
+    file, out = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    only = LoraPair(torch.ones(2, width), torch.ones(64, 2), 2.0)
+    write_lora(file, Adapter.of({"proj_out": only}))
+    more = ["--family", family] if family else []
+    assert run(["lora", "convert", str(file), str(out), "--to", "comfyui", *more]) == 0
+    assert {key.split(".lora_")[0].split(".alpha")[0] for key in load_file(out)} == {
+        f"diffusion_model.{name}"
+    }
+
+
+def test_a_family_that_cannot_be_told_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of diffusers need none; a wrong one is not ignored."""
+    file, out = str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors")
+    only = LoraPair(torch.ones(2, 128), torch.ones(64, 2), 2.0)
+    write_lora(Path(file), Adapter.of({"proj_out": only}))
+    assert run(["lora", "convert", file, out, "--to", "comfyui"]) == 2
+    assert "may be those of wan2.1 or hunyuan-video" in capsys.readouterr().err
+    write_lora(Path(file), random_adapter(WAN21))
+    for to in ("comfyui", "diffusers"):
+        wrong = ["--to", to, "--family", "hunyuan-video"]
+        assert run(["lora", "convert", file, out, *wrong]) == 2
+        assert "is no projection of hunyuan-video" in capsys.readouterr().err
+    assert run(["lora", "convert", file, out, "--to", "diffusers"]) == 0
+
+
 def test_options_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for options in (["--rank", "0"], ["--energy", "1.5"], ["--rank", "2", "--energy", "0.5"]):
         with pytest.raises(SystemExit, match="2"):
