@@ -186,6 +186,11 @@ def _by_module(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, d
 def _check_module(
     file: Path, module: str, kinds: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
+    if kinds.keys().isdisjoint(("down", "up")) and "diff_b" in kinds:
+        raise UserError(
+            f"{file}: {kinds['diff_b']} changes a bias of which the weight has no matrices, which "
+            "is not supported; remove it from the file if the rest is to be used"
+        )
     for kind, words in (("down", "lora_A or lora_down"), ("up", "lora_B or lora_up")):
         if kind not in kinds:
             raise UserError(f"{file}: {module} has no {words}; it is incomplete, fetch it again")
