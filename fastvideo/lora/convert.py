@@ -6,7 +6,7 @@ from typing import Any
 
 from fastvideo.cost.transformer import is_hunyuan
 from fastvideo.errors import UserError
-from fastvideo.lora.places import refuse_existing
+from fastvideo.export_folder import refuse_existing
 from fastvideo.models.lora_header import RANKS, Header, fitting_releases, read_header
 from fastvideo.models.lora_names import own_name
 
@@ -44,6 +44,7 @@ def convert(source: Path, out: Path, *, to: str, family: str | None = None) -> d
     adapter = read_lora(source)
     ours = ("format", METADATA, RANKS)
     about = {key: text for key, text in header.metadata.items() if key not in ours}
+    refuse_existing(out)  # it may have come in the meantime
     if kind is None:
         write_lora(out, adapter, about=about)
     else:

@@ -17,9 +17,9 @@ from fastvideo import __version__
 from fastvideo.cost.layers import Tokens
 from fastvideo.cost.transformer import layers
 from fastvideo.errors import UserError
-from fastvideo.export_folder import replacing_folder
+from fastvideo.export_folder import refuse_existing, replacing_folder
 from fastvideo.log import Progress, logger
-from fastvideo.lora.places import ModelFolder, model_folder, naming, refuse_existing
+from fastvideo.lora.places import ModelFolder, model_folder, naming
 from fastvideo.models.family import pick_device
 from fastvideo.models.folder import read_config, without_traces
 from fastvideo.models.lora_file import Adapter, write_lora
@@ -79,7 +79,8 @@ def extract(base: str, tuned: str, out: Path, *, how: Extraction) -> dict[str, A
         their change.
 
     Raises:
-        UserError: The models are of different architectures or equal, or ``out`` exists.
+        UserError: The models are of different architectures or equal, or ``out`` exists, be
+            it that it came in the meantime.
     """
     refuse_existing(out)
     one, other = model_folder(base, option="--base"), model_folder(tuned, option="--tuned")

@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 from fastvideo import hashing, model_card
 from fastvideo.config.recipe import Export
 from fastvideo.errors import UserError
-from fastvideo.export_folder import copy_config, copy_parts, name_tokenizers, replacing_folder
+from fastvideo.export_folder import (
+    copy_config,
+    copy_parts,
+    name_tokenizers,
+    refuse_existing,
+    replacing_folder,
+)
 from fastvideo.log import logger
-from fastvideo.lora.places import ModelFolder, model_folder, naming, refuse_existing
+from fastvideo.lora.places import ModelFolder, model_folder, naming
 from fastvideo.models.lora_folder import Chosen, check_chosen, choose
 from fastvideo.state import EXPORT_MARKER, LORA_FILES
 
