@@ -2,8 +2,11 @@
 """``fastvideo lora``: mistakes and damage are named, and leave nothing behind."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,3 +176,18 @@ def test_options_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[st
             run(["lora", "extract", "--base", "a", "--tuned", "b", *options, "out"])
     assert run(["--json", "lora", "x"]) == 2
     assert "fastvideo lora --help" in capsys.readouterr().err
+
+
+def test_a_stopped_verb_does_not_promise_to_continue(tmp_path: Path) -> None:
+    """Stopped while it waits for a pipe that says nothing."""
+    pipe, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    os.mkfifo(pipe)
+    options = ["lora", "convert", str(pipe), str(out), "--to", "comfyui"]
+    command = [sys.executable, "-m", "fastvideo", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child, open(pipe, "wb"):
+        child.terminate()
+        assert child.stderr is not None
+        said = child.stderr.read()
+    assert child.returncode == 75
+    assert "stopped by SIGTERM; a LoRA verb writes all or nothing, the same command begins" in said
+    assert not out.exists()
