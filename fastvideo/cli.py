@@ -98,14 +98,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _listen(verb: str) -> None:
     """End on TERM, USR2 and Ctrl-C with the code for a stop: what is complete on disk stays.
 
-    ``run`` listens in its own way, and so does training once it has begun.
+    The verbs of ``lora`` have nothing that stays until they are done. ``run`` listens in its own
+    way, and so does training once it has begun.
     """
     if verb in ("run", "status", "plan"):
         return
 
+    outcome = "what is complete stays, the same command continues"
+    if verb.startswith("lora"):
+        outcome = "a LoRA verb writes all or nothing, the same command begins anew"
+
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        raise Stopped(f"stopped by {name}; what is complete stays, the same command continues")
+        raise Stopped(f"stopped by {name}; {outcome}")
 
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, stop)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from fastvideo import atomic, hashing
+from fastvideo.errors import UserError
 
 WEIGHTS = (".safetensors", ".bin")
 
@@ -20,7 +21,11 @@ def replacing_folder(folder: Path, *, point: str, marker: Path | None = None) ->
     Args:
         folder: A complete one stays until the new one is.
         point: Names the fault points.
-        marker: Vouches for the old folder and is in the new one: the old one goes first.
+        marker: Vouches for the old folder and is in the new one: the old one goes first. Without
+            one nothing is replaced.
+
+    Raises:
+        UserError: ``folder`` is there and has no marker, be it that it came in the meantime.
     """
     temporary = atomic.temporary_name(folder)
     atomic.sweep(folder)
@@ -32,16 +37,24 @@ def replacing_folder(folder: Path, *, point: str, marker: Path | None = None) ->
         for path in temporary.rglob("*"):
             atomic.sync(path)
         atomic.fault(f"{point}.fsync")
-        if marker is not None:
+        if marker is None:
+            _rename(temporary, folder)
+        else:
             marker.unlink(missing_ok=True)
             atomic.fault(f"{point}.unmark")
-        shutil.rmtree(folder, ignore_errors=True)
-        atomic.fault(f"{point}.clear")
-        temporary.rename(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            atomic.fault(f"{point}.clear")
+            temporary.rename(folder)
         atomic.fault(f"{point}.rename")
         atomic.sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Nothing is replaced that somebody may need."""
+    if os.path.lexists(out):
+        raise UserError(f"{out}: exists; remove it or choose another name")
 
 
 def copy_parts(base: Path, target: Path, *, without: Collection[str], link: bool) -> None:
@@ -76,6 +89,16 @@ def name_tokenizers(folder: Path) -> None:
         if (folder / name / "tokenizer.json").is_file():
             index[name] = ["transformers", "PreTrainedTokenizerFast"]
     atomic.write_json(index_file, index, point="export.index")
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    """Where there is nothing; the kernel looks again, and takes an empty folder for nothing."""
+    refuse_existing(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        refuse_existing(folder)
+        raise
 
 
 def _hidden(relative: Path) -> bool:

@@ -146,6 +146,12 @@ class Heldout(Spec):
     max_clips: PositiveInt = 64
     """Clips used, the first ones in the order of the shards."""
 
+    def due(self, step: int, *, steps: int) -> bool:
+        """Whether the loss is due after ``step`` of ``steps``."""
+        if self.every_steps is None:
+            return False
+        return step % self.every_steps == 0 or step == steps
+
 
 class Samples(Spec):
     """Videos of `validation.prompts` while it trains; all else about them is said in `generate`."""

@@ -65,7 +65,7 @@ def nearest_fit(
             continue
         needed = memory(changed, config, processes=processes, shard=candidate.shard)
         fits_host = host_gib is None or needed.host <= host_gib * GIB
-        if needed.total <= memory_gib * GIB and fits_host:
+        if needed.peak <= memory_gib * GIB and fits_host:
             changes = dict(candidate.changes)
             return Setting(processes // candidate.shard, candidate.shard, changes, needed)
     return None

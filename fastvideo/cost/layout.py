@@ -76,9 +76,10 @@ def divisors(number: int) -> list[int]:
 
 
 def describe(found: Memory) -> str:
-    """The parts of a GPU's memory as a sum, GiB."""
+    """The parts of a GPU's memory as a sum, GiB, and what sampling takes if that is more."""
     parts = " + ".join(f"{name} {size / GIB:.1f}" for name, size in found.parts().items() if size)
-    return f"{parts} = {found.total / GIB:.1f} GiB"
+    more = f", {found.sampling / GIB:.1f} GiB while videos are sampled"
+    return f"{parts} = {found.total / GIB:.1f} GiB{more if found.sampling > found.total else ''}"
 
 
 def _weights(
@@ -90,15 +91,15 @@ def _weights(
     if memory_gib is None:
         return processes, 1, "DDP: no GPU memory to fit into"
     whole = memory(recipe, config, processes=processes, shard=1)
-    if whole.total <= memory_gib * GIB:
+    if whole.peak <= memory_gib * GIB:
         return processes, 1, f"DDP: {describe(whole)} fits into {memory_gib:.1f} GiB"
     spread = memory(recipe, config, processes=processes, shard=processes)
-    verdict = "fits" if spread.total <= memory_gib * GIB else "is the least there is"
+    verdict = "fits" if spread.peak <= memory_gib * GIB else "is the least there is"
     return (
         1,
         processes,
         f"FSDP: whole copies need {describe(whole)}, more than {memory_gib:.1f} GiB; "
-        f"over {processes} processes {spread.total / GIB:.1f} GiB {verdict}",
+        f"over {processes} processes {spread.peak / GIB:.1f} GiB {verdict}",
     )
 
 

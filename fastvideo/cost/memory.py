@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+from fastvideo.config.architectures import releases
 from fastvideo.config.recipe import Recipe
 from fastvideo.config.train import Full, Lora, Train
 from fastvideo.cost.activations import Computation, Saved, saved
@@ -40,6 +41,8 @@ class Memory:
     ``average`` is ``train.ema``; ``workspace`` what comes and goes within a block, gathered weights
     among it, and what the libraries take. ``host`` is what waits there beside Python itself;
     ``staged`` the part of it that copies of asynchronous checkpoints take while they are written.
+    ``sampling`` is all that is on the GPU while ``train.samples`` are made, 0 without; what comes
+    and goes in decoding is left out.
     """
 
     weights: int
@@ -50,16 +53,22 @@ class Memory:
     workspace: int
     host: int = 0
     staged: int = 0
+    sampling: int = 0
 
     @property
     def total(self) -> int:
-        """All parts on the GPU."""
+        """All parts on the GPU in a step."""
         return sum(self.parts().values())
 
+    @property
+    def peak(self) -> int:
+        """What the GPU must have: for a step, or for sampling if that is more."""
+        return max(self.total, self.sampling)
+
     def parts(self) -> dict[str, int]:
-        """Each part on the GPU by its name."""
+        """Each part on the GPU in a step by its name."""
         parts: dict[str, int] = asdict(self)
-        del parts["host"], parts["staged"]
+        del parts["host"], parts["staged"], parts["sampling"]
         return parts
 
 
@@ -127,19 +136,35 @@ def memory(recipe: Recipe, config: Mapping[str, Any], *, processes: int, shard: 
     host = staged
     if parallel.cpu_offload:
         plain = state_of({p: n for p, n in kept.items() if not p.spread}, train, shard=shard)
-        host += state.total - plain.total
+        host += state.total - plain.total + others(recipe) * (state.weights - plain.weights)
         state = plain
     waiting = activations(recipe, config, tokens)
+    workspace = _workspace(recipe, found, tokens, spread=spread)
+    sampling = 0
+    if train.samples:
+        buckets = state.gradients if processes > 1 and not spread else 0
+        sampling = _sampling(recipe, found, state, spread=spread) + buckets + workspace
     return Memory(
         weights=state.weights + _copies(found, train, waiting, spread=spread),
         gradients=state.gradients,
         optimizer=state.optimizer,
         average=state.average,
         activations=waiting.peak,
-        workspace=_workspace(recipe, found, tokens, spread=spread),
+        workspace=workspace,
         host=host,
         staged=staged,
+        sampling=sampling,
     )
+
+
+def others(recipe: Recipe) -> int:
+    """Transformers that are there, frozen, to sample with the one that trains."""
+    return len(recipe.architecture.transformers) - 1 if recipe.train.samples else 0
+
+
+def vae_bytes(family: str) -> int:
+    """The largest published VAE of the family in float32, as it samples."""
+    return FLOAT32 * max(r.parameters["vae"] for r in releases() if r.family == family)
 
 
 def saves_beside(train: Train) -> bool:
@@ -232,17 +257,41 @@ def _copies(found: Layers, train: Train, waiting: Saved, *, spread: bool) -> int
     for good. Autocast casts whole ones that train, each once, until the forward pass is over;
     blocks that are computed again have theirs cast again, one at a time.
     """
-    size = FLOAT32 if train.dtype == "float32" else BFLOAT16
     if spread:
-        return size * sum(
-            _numbers(li) for li in found.linears if block_of(li.name) not in found.blocks
-        )
+        return _gathered(found, train)
     if train.dtype == "float32":
         return 0
-    everything = BFLOAT16 * sum(map(_numbers, found.trained.linears))
+    everything = _cast(found)
     if train.activation_checkpointing == "none":
         return everything
     return max(everything - waiting.block, BFLOAT16 * max(found.trained.block_sizes()))
+
+
+def _gathered(found: Layers, train: Train) -> int:
+    """Spread matrices outside of the blocks, which stay gathered."""
+    size = FLOAT32 if train.dtype == "float32" else BFLOAT16
+    return size * sum(_numbers(li) for li in found.linears if block_of(li.name) not in found.blocks)
+
+
+def _cast(found: Layers) -> int:
+    """Whole matrices that train as autocast keeps them until a forward pass is over."""
+    return BFLOAT16 * sum(map(_numbers, found.trained.linears))
+
+
+def _sampling(recipe: Recipe, found: Layers, state: State, *, spread: bool) -> int:
+    """What lies on the GPU while videos are made, beside DDP's buckets and what passes in blocks.
+
+    A step's gradients and activations are gone. Another expert is laid out like the one that
+    trains, and casts of what is frozen are not kept. The VAE is whole in every process.
+    """
+    train, count = recipe.train, others(recipe)
+    copies = 0
+    if spread:
+        copies = (1 + count) * _gathered(found, train)
+    elif train.dtype != "float32":
+        copies = _cast(found)
+    held = (1 + count) * state.weights + state.optimizer + state.average
+    return held + copies + vae_bytes(recipe.model.family)
 
 
 def _numbers(linear: Linear) -> int:

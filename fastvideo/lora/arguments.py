@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fastvideo.config.architectures import releases
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -70,6 +72,11 @@ def _add_merge(verbs: Any) -> None:
 def _add_convert(verbs: Any) -> None:
     verb = _verb(verbs, "convert", "bring a LoRA file to the names of diffusers or ComfyUI")
     verb.add_argument("--to", required=True, choices=("diffusers", "comfyui"))
+    verb.add_argument(
+        "--family",
+        choices=sorted({release.family for release in releases()}),
+        help="of the model, where names and shapes do not tell it",
+    )
     verb.add_argument("source", type=Path, metavar="IN", help="file, format detected")
     verb.add_argument("out", type=Path, metavar="OUT", help="file to write")
 
@@ -124,4 +131,4 @@ def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
 def _convert(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastvideo.lora.convert import convert
 
-    return convert(arguments.source, arguments.out, to=arguments.to)
+    return convert(arguments.source, arguments.out, to=arguments.to, family=arguments.family)

@@ -17,9 +17,9 @@ from fastvideo import __version__
 from fastvideo.cost.layers import Tokens
 from fastvideo.cost.transformer import layers
 from fastvideo.errors import UserError
-from fastvideo.export_folder import replacing_folder
+from fastvideo.export_folder import refuse_existing, replacing_folder
 from fastvideo.log import Progress, logger
-from fastvideo.lora.places import ModelFolder, model_folder, naming, refuse_existing
+from fastvideo.lora.places import ModelFolder, model_folder, naming
 from fastvideo.models.family import pick_device
 from fastvideo.models.folder import read_config, without_traces
 from fastvideo.models.lora_file import Adapter, write_lora
@@ -29,6 +29,9 @@ from fastvideo.state import LORA_FILES
 
 SMALLEST = 1e-32
 """Squared singular values below this, by the largest, are rounding: nothing is divided by them."""
+
+SLACK = 4 * torch.finfo(torch.float64).eps
+"""A share less than asked for by no more is as much."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,14 @@ def extract(base: str, tuned: str, out: Path, *, how: Extraction) -> dict[str, A
 
     Returns:
         ``{"path": folder, "transformers": {name: report}}``; a report has ``modules``, ``rank`` of
-        most, ``kept``, the share of the projections' squared change, ``kept_of_all``, that of all
-        tensors', ``worst``, the module of which least was kept, and ``left_out``, the tensors that
-        are not in the LoRA with the norm of their change.
+        most, ``kept``, the share of the squared change of the projections' weights, and biases if
+        they are asked for, ``kept_of_all``, that of all tensors', ``worst``, the module of which
+        least was kept, and ``left_out``, the tensors that are not in the LoRA with the norm of
+        their change.
 
     Raises:
-        UserError: The models are of different architectures or equal, or ``out`` exists.
+        UserError: The models are of different architectures or equal, or ``out`` exists, be
+            it that it came in the meantime.
     """
     refuse_existing(out)
     one, other = model_folder(base, option="--base"), model_folder(tuned, option="--tuned")
@@ -133,6 +138,8 @@ def _extract(
             kept.kept += share * squares
         elif module in modules and how.biases:
             biases[module] = change
+            kept.of_projections += squares
+            kept.kept += squares
         else:
             kept.left_out[tensor] = squares
     for module, change in biases.items():
@@ -180,7 +187,10 @@ def decompose(change: Tensor, *, how: Extraction, device: str = "cpu") -> tuple[
     # of the change, and takes a fraction of the time of the whole decomposition.
     square = change_OI.T @ change_OI if tall else change_OI @ change_OI.T
     squares_R, vectors_XR = (part.flip(-1) for part in torch.linalg.eigh(square))
-    energy_R = squares_R.clamp_min(0).cumsum(0) / squares_R.clamp_min(0).sum()
+    # Of a change of low rank the rest is rounding of the decomposition, up to so much.
+    rounding = squares_R[0] * len(squares_R) * torch.finfo(squares_R.dtype).eps
+    sums_R = squares_R.where(squares_R > rounding, 0).cumsum(0)
+    energy_R = sums_R / sums_R[-1]
     rank = _rank(energy_R, how)
     basis_XR = vectors_XR[:, :rank]
     root_R = squares_R[:rank].clamp_min(squares_R[0] * SMALLEST).pow(0.25)
@@ -198,7 +208,7 @@ def _rank(energy_R: Tensor, how: Extraction) -> int:
     if how.rank is not None:
         return min(how.rank, len(energy_R))
     assert how.energy is not None
-    enough = (energy_R >= how.energy).nonzero()
+    enough = (energy_R >= how.energy - SLACK).nonzero()
     return int(enough[0]) + 1 if len(enough) else len(energy_R)
 
 
@@ -214,7 +224,7 @@ def _report(name: str, kept: _Kept) -> dict[str, Any]:
     share = kept.kept / kept.of_projections if kept.of_projections else 1.0
     rank = Adapter.of(kept.pairs).rank
     logger.info(
-        "%s: %d adapters, rank %d of most, keep %.2f%% of the squared change of their weights",
+        "%s: %d adapters, rank %d of most, keep %.2f%% of their squared change",
         name,
         len(kept.pairs),
         rank,

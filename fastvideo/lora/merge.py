@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 from fastvideo import hashing, model_card
 from fastvideo.config.recipe import Export
 from fastvideo.errors import UserError
-from fastvideo.export_folder import copy_config, copy_parts, name_tokenizers, replacing_folder
+from fastvideo.export_folder import (
+    copy_config,
+    copy_parts,
+    name_tokenizers,
+    refuse_existing,
+    replacing_folder,
+)
 from fastvideo.log import logger
-from fastvideo.lora.places import ModelFolder, model_folder, naming, refuse_existing
+from fastvideo.lora.places import ModelFolder, model_folder, naming
 from fastvideo.models.lora_folder import Chosen, check_chosen, choose
 from fastvideo.state import EXPORT_MARKER, LORA_FILES
 
@@ -45,7 +51,8 @@ def merge(
         ``{"path": folder, "loras": {transformer: [{"file", "scale"}, ...]}}``.
 
     Raises:
-        UserError: A LoRA does not fit, the model is damaged, or ``out`` exists.
+        UserError: A LoRA does not fit, the model is damaged, sums are not finite, or ``out``
+            exists.
     """
     refuse_existing(out)
     model = model_folder(base, option="--base")
@@ -148,12 +155,26 @@ def _merged(
     like: Mapping[str, "Tensor"],
 ) -> dict[str, "Tensor"]:
     """Read tensors of the base and add what the LoRAs change in them."""
+    from fastvideo.models.lora_pair import is_finite
+
     found = {}
     for name, wanted in like.items():
-        tensor = files.read(name)
+        before = tensor = files.read(name)
         module, _, kind = name.rpartition(".")
         for pairs, scale in changes:
             if module in pairs and (change := pairs[module].change(kind)) is not None:
                 tensor = tensor.float() + scale * change.reshape(tensor.shape)
         found[name] = tensor.to(wanted.dtype)
+        if not is_finite(found[name]):
+            raise UserError(_not_finite(files, name, before, found[name]))
     return found
+
+
+def _not_finite(files: "WeightFiles", name: str, before: "Tensor", after: "Tensor") -> str:
+    from fastvideo.models.lora_pair import is_finite
+
+    where = f"{files.path / files.folder}: {name}"
+    if not is_finite(before):
+        return f"{where} is not finite; the model is damaged, fetch it again"
+    dtype = str(after.dtype).removeprefix("torch.")
+    return f"{where} is too large for {dtype} with the LoRAs; give another --dtype or scale"

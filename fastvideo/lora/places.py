@@ -41,9 +41,3 @@ def naming(option: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(str(error).replace("model.path=", f"{option} ")) from error
-
-
-def refuse_existing(out: Path) -> None:
-    """Nothing is replaced that somebody may need."""
-    if out.exists():
-        raise UserError(f"{out}: exists; remove it or choose another name")

@@ -21,7 +21,7 @@ from fastvideo.log import logger
 from fastvideo.models.aligned import write_tensors
 from fastvideo.models.lora_header import RANKS, Header, Size, read_header
 from fastvideo.models.lora_names import MLP_RATIO, SWAPPED, diffusers_names, own_name, split
-from fastvideo.models.lora_pair import Pair, fuse, swap_halves, unfuse
+from fastvideo.models.lora_pair import Pair, fuse, is_finite, swap_halves, unfuse
 
 METADATA = "lora_adapter_metadata"
 """Entry of a file's metadata: JSON of PEFT's ``LoraConfig``, its keys with `PREFIX`."""
@@ -94,9 +94,13 @@ def write_lora(path: Path, adapter: Adapter, *, about: Mapping[str, str] | None 
         path: The file.
         adapter: On the host.
         about: Further texts for the metadata.
+
+    Raises:
+        UserError: A number is not finite.
     """
     tensors, config = for_diffusers(adapter)
     metadata = {**(about or {}), METADATA: json.dumps(config, sort_keys=True)}
+    _refuse_overflow(path, tensors)
     with atomic.replacing(path, point="lora") as temporary:
         write_tensors(temporary, tensors, metadata=metadata)
 
@@ -117,7 +121,7 @@ def write_comfyui(
     such files only without.
 
     Raises:
-        UserError: A projection has no name there.
+        UserError: A projection has no name there, or a number is not finite.
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, list[int]] = {}
@@ -126,6 +130,7 @@ def write_comfyui(
         if parts:
             ranks[module] = parts
     metadata = {**(about or {}), RANKS: json.dumps(ranks, sort_keys=True)}
+    _refuse_overflow(path, tensors)
     with atomic.replacing(path, point="lora") as temporary:
         write_tensors(temporary, tensors, metadata=metadata)
 
@@ -136,7 +141,8 @@ def read_lora(path: Path) -> Adapter:
     Its tensors are in memory of their own. Where a file has no alpha, it is the rank.
 
     Raises:
-        UserError: It is damaged, or holds what is no LoRA of a transformer.
+        UserError: It is damaged, holds numbers that are not finite, or what is no LoRA of a
+            transformer.
     """
     header = read_header(path)
     header.sizes()  # refuses what cannot be dealt to its parts, before anything is read
@@ -149,6 +155,16 @@ def read_lora(path: Path) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is damaged ({error}); fetch it again") from None
     return Adapter.of(pairs)
+
+
+def _refuse_overflow(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path.name}: {name} is not finite in {kind}; if its numbers are too large for "
+                "that, write it in float32"
+            )
 
 
 def _with_biases(adapter: Adapter) -> dict[str, Tensor]:
@@ -220,6 +236,9 @@ def _read_pair(header: Header, module: str, file: Any, alphas: "_Alphas") -> Pai
     keys = header.keys[module]
     found = {kind: file.get_tensor(key).clone() for kind, key in keys.items()}
     alpha = float(found["alpha"]) if "alpha" in found else alphas.of(module)
+    for kind, tensor in found.items():
+        if kind != "alpha" and not is_finite(tensor):
+            raise UserError(f"{header.file}: {keys[kind]} is not finite; the LoRA is damaged")
     if not (alpha > 0 and math.isfinite(alpha)):
         raise UserError(f"{header.file}: alpha of {module} is {alpha:g}, not a positive number")
     pair = Pair(found["down"], found["up"], alpha, found.get("bias"))

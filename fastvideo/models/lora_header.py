@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvideo.config.architectures import releases
+from fastvideo.config.architectures import Release, releases
 from fastvideo.cost.layers import Tokens
 from fastvideo.cost.transformer import layers
 from fastvideo.errors import UserError
@@ -128,9 +128,14 @@ def check_fits(
     problem = _misfit(sizes, config, family)
     if problem is None:
         return
-    fitting = [r.name for r in releases() if _misfit(sizes, r.transformer, r.family) is None]
-    known = f"it has the shapes of {', '.join(fitting)}" if fitting else "it fits no known release"
+    fitting = ", ".join(release.name for release in fitting_releases(sizes))
+    known = f"it has the shapes of {fitting}" if fitting else "it fits no known release"
     raise UserError(f"{name}: does not fit the model: {problem}; {known}; give a LoRA of this one")
+
+
+def fitting_releases(sizes: Mapping[str, Size]) -> list[Release]:
+    """Released models that a LoRA is right for by its names and shapes."""
+    return [r for r in releases() if _misfit(sizes, r.transformer, r.family) is None]
 
 
 def _misfit(sizes: Mapping[str, Size], config: Mapping[str, Any], family: str) -> str | None:
@@ -181,6 +186,11 @@ def _by_module(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, d
 def _check_module(
     file: Path, module: str, kinds: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
+    if kinds.keys().isdisjoint(("down", "up")) and "diff_b" in kinds:
+        raise UserError(
+            f"{file}: {kinds['diff_b']} changes a bias of which the weight has no matrices, which "
+            "is not supported; remove it from the file if the rest is to be used"
+        )
     for kind, words in (("down", "lora_A or lora_down"), ("up", "lora_B or lora_up")):
         if kind not in kinds:
             raise UserError(f"{file}: {module} has no {words}; it is incomplete, fetch it again")

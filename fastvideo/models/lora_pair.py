@@ -42,6 +42,11 @@ class Pair:
         return None
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; torch asks no floats of 8 bits."""
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
+
+
 def fuse(parts: Sequence[Pair | None], outputs: Sequence[int]) -> tuple[Pair, list[int]]:
     """Make one adapter of those of projections that share their input; None is one without.
 

@@ -21,6 +21,7 @@ from fastvideo.cost.transformer import (
     trained_parameters,
 )
 from fastvideo.errors import UserError
+from fastvideo.models.lora_size import comfyui_bytes
 from fastvideo.models.published import Config, transformer_configs
 from fastvideo.plan.text import copies, counted, size_of
 from fastvideo.state import ShardStore
@@ -47,7 +48,7 @@ class Machine:
 
     def host(self, needed: Memory) -> int:
         """Host memory of a node, bytes."""
-        return self.per_node * (needed.host + (needed.total if self.is_cpu else 0))
+        return self.per_node * (needed.host + (needed.peak if self.is_cpu else 0))
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,12 @@ def _transformer(
     return found if wrong else {**found, **_placed(recipe, config, machine, folder, remarks)}
 
 
+SAMPLES = (
+    "train.samples: not counted are the working memory of decoding, which generate.vae_tiling "
+    "bounds, and the time of sampling"
+)
+
+
 def _placed(
     recipe: Recipe, config: Config, machine: Machine, folder: str, remarks: Remarks
 ) -> dict[str, Any]:
@@ -177,17 +184,21 @@ def _placed(
     needed = memory(recipe, config, processes=machine.processes, shard=chosen.shard)
     host, fits, fits_host = machine.host(needed), None, None
     if device:
-        fits = needed.total <= device.memory_gib * GIB
+        fits = needed.peak <= device.memory_gib * GIB
     if machine.host_gib and not machine.is_cpu:
         fits_host = host <= machine.host_gib * GIB
     remark = None
     if fits is False or (smallest is None and not machine.is_cpu):
         remark = f"{layout.describe(needed)} on each GPU, {_way_out(recipe, config, machine)}"
+        if device and needed.total <= device.memory_gib * GIB:
+            remark += "; or train.samples=null, for only sampling needs so much"
     elif fits_host is False:
         remark = _host_way_out(recipe, config, machine, needed)
     if remark:
         kind = remarks.notes if machine.assumed else remarks.problems
         kind.append(f"{folder}: {_asked(chosen)} needs {remark}")
+    if needed.sampling:
+        remarks.notes.append(SAMPLES)
     return {
         "layout": {**asdict(chosen), "data": chosen.data},
         "memory": {**asdict(needed), "total": needed.total, "host_of_node": host},
@@ -210,7 +221,7 @@ def _chosen(recipe: Recipe, config: Config, machine: Machine) -> tuple[Layout, D
 
     def is_enough(device: Device) -> bool:
         needed = memory(recipe, config, processes=processes, shard=on(device).shard)
-        return needed.total <= device.memory_gib * GIB
+        return needed.peak <= device.memory_gib * GIB
 
     if machine.is_cpu:
         return on(None), None
@@ -244,7 +255,7 @@ def _way_out(recipe: Recipe, config: Config, machine: Machine) -> str:
 def _host_way_out(recipe: Recipe, config: Config, machine: Machine, needed: Memory) -> str:
     """Say what the host has and the nearest setting that fits, on GPUs as large."""
     device, host_gib = machine.device, machine.host_gib
-    gib = device.memory_gib if device else needed.total / GIB
+    gib = device.memory_gib if device else needed.peak / GIB
     found = _nearest(recipe, config, machine, memory_gib=gib)
     ways = [found] if found else []
     alone = machine.per_node * (needed.host - needed.staged)
@@ -362,5 +373,10 @@ def _disk(recipe: Recipe, configs: Mapping[str, Config]) -> dict[str, Any]:
         "checkpoint_bytes": one,
         "checkpoints": count,
         "checkpoints_bytes": count * sum(one.values()),
-        "export_bytes": sum(disk.export_bytes(recipe, config) for config in configs.values()),
+        "export_bytes": sum(_export_bytes(recipe, config) for config in configs.values()),
     }
+
+
+def _export_bytes(recipe: Recipe, config: Config) -> int:
+    more = comfyui_bytes(recipe, config) if recipe.export.comfyui else 0
+    return disk.export_bytes(recipe, config) + more

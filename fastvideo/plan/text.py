@@ -7,6 +7,9 @@ from typing import Any
 from fastvideo.cost import disk
 from fastvideo.cost.memory import GIB
 
+NO_PARTS = ("total", "sampling", "host", "staged", "host_of_node")
+"""Keys of a transformer's memory that are no part of what a GPU holds in a step."""
+
 
 def describe(planned: Mapping[str, Any]) -> str:
     """The plan for people; sizes in GiB, estimates named as such."""
@@ -79,14 +82,17 @@ def _figures(name: str, figures: Mapping[str, Any], machine: Mapping[str, Any]) 
         parts = ", ".join(
             f"{part} {size_of(size)}"
             for part, size in needed.items()
-            if size and part not in ("total", "host", "staged", "host_of_node")
+            if size and part not in NO_PARTS
         )
+        each = "process" if machine["is_cpu"] else "GPU"
         lines += [
             f"  layout    replicate {chosen['replicate']} x shard {chosen['shard']}, sequence "
             f"{chosen['sequence']}; {chosen['reason']}",
-            f"  memory    {size_of(needed['total'])} of each "
-            f"{'process' if machine['is_cpu'] else 'GPU'}: {parts}",
+            f"  memory    {size_of(needed['total'])} of each {each}: {parts}",
         ]
+        if needed["sampling"]:
+            held = size_of(needed["sampling"])
+            lines.append(f"  samples   {held} of each {each} while videos are made, by an estimate")
         lines += _host_lines(figures, machine)
     if chosen is not None and not machine["is_cpu"]:
         smallest = figures["smallest_device"] or "none that is known"

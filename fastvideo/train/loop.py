@@ -26,7 +26,7 @@ from fastvideo.log import Progress, logger
 from fastvideo.models.family import Batch
 from fastvideo.models.flow import loss_weight
 from fastvideo.state import TrainDir
-from fastvideo.train import average
+from fastvideo.train import average, heldout
 from fastvideo.train.draw import Draw, Drawn, collate
 from fastvideo.train.method import Method
 from fastvideo.train.metrics import Metrics, peak_memory_gib
@@ -295,24 +295,17 @@ class Loop:
             },
         )
 
-    @torch.no_grad()
     def _measure_heldout(self, step: int) -> bool:
-        """Mean loss over held-out clips at fixed quantiles of the noise levels, with fixed noise.
-
-        Returns:
-            False if a stop was asked for before it was finished.
-        """
+        """Measure the held-out loss if it is due; False if a stop was asked for before the end."""
         job, spec = self._job, self._job.train.heldout
-        clips = min(len(job.heldout.samples), spec.max_clips)
-        due = spec.every_steps and (step % spec.every_steps == 0 or step == job.train.steps)
-        if not due or clips == 0:
+        if not spec.due(step, steps=job.train.steps) or len(job.heldout.samples) == 0:
             return True
         with self._stopwatch.phase("heldout"), average.evaluated(job.saved):
-            totals = self._heldout_totals(step, clips)
-        if totals is None:
+            found = heldout.measure(
+                job.heldout, spec, losses=self._losses, team=job.team, step=step
+            )
+        if found is None:
             return False
-        by_quantile = [total / clips for total in totals]
-        mean = sum(by_quantile) / len(by_quantile)
         if self._metrics is not None:
             samples = step * job.train.global_batch_size
             self._metrics.write(
@@ -320,31 +313,12 @@ class Loop:
                 {
                     "samples": samples,
                     "tokens": samples * self._work.tokens_per_sample,
-                    "heldout_loss": mean,
-                    "heldout_loss_by_quantile": by_quantile,
+                    "heldout_loss": found.mean,
+                    "heldout_loss_by_quantile": found.by_quantile,
                 },
             )
-            logger.info("step %d: held-out loss %.4f over %d clips", step, mean, clips)
+            logger.info("step %d: held-out loss %.4f over %d clips", step, found.mean, found.clips)
         return True
-
-    def _heldout_totals(self, step: int, clips: int) -> list[float] | None:
-        """Sum of the losses at each quantile over all processes; None if a stop was asked for."""
-        job, count = self._job, self._job.train.heldout.num_timesteps
-        groups, ours = job.team.layout.data, job.team.place
-        items = list(itertools.product(range(clips), range(count)))
-        totals = torch.zeros(count, dtype=torch.float64)
-        for first in range(0, len(items), groups):
-            self._beat(step, "heldout")
-            if any(job.team.any(job.team.process.stop.reason() is not None)):
-                return None
-            # All take part in each pass: one for which nothing is left repeats the last item.
-            clip, place = items[min(first + ours, len(items) - 1)]
-            drawn = job.heldout.heldout(clip, quantile=(place + 0.5) / count)
-            loss = float(self._losses(collate([drawn], device=job.team.device)))
-            if first + ours < len(items):
-                totals[place] += loss
-        summed: list[float] = job.team.total(totals.to(job.team.device)).tolist()
-        return summed
 
     def _sample(self, step: int) -> bool:
         """Sample the videos that are due; False if a stop was asked for before it was finished.

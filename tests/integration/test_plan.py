@@ -22,6 +22,7 @@ RECIPES = sorted((ROOT / "configs/recipes").glob("*.yaml"))
 NODE = ROOT / "configs/clusters/local_8gpu.yaml"
 WAN_14B = ROOT / "configs/recipes/wan2.1_t2v_14b_full.yaml"
 WAN_14B_LORA = ROOT / "configs/recipes/wan2.1_t2v_14b_lora.yaml"
+A14B_LORA = ROOT / "configs/recipes/wan2.2_t2v_a14b_lora.yaml"
 EVERY = """
 import json, sys, time
 from pathlib import Path
@@ -97,6 +98,33 @@ def test_adapters_get_the_nearest_setting_that_fits(capsys: pytest.CaptureFixtur
     (problem,) = answer["problems"]
     assert code == 2 and "= 366.1 GiB on each GPU, H100-80GB has 79.1 GiB" in problem
     assert "parallel.shard=1 train.activation_checkpointing=selective: weights 27" in problem
+
+
+def test_sampling_with_both_experts_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a step fits and videos do not, the way out says so."""
+    samples = ("train.samples={}", "validation.prompts=prompts.json", "train.micro_batch_size=1")
+    one = (str(A14B_LORA), "--cluster", str(NODE), "parallel.processes=1", *samples)
+    code, answer = planned(capsys, *one)
+    needed = answer["transformers"]["transformer"]["memory"]
+    assert code == 0 and needed["sampling"] > 2 * 27 * 2**30
+    assert any(note.startswith("train.samples: not counted") for note in answer["notes"])
+    code, answer = planned(capsys, *one, "train.method.rank=256", "train.ema={}")
+    figures = answer["transformers"]["transformer"]
+    assert figures["memory"]["total"] < 79.1 * 2**30 < figures["memory"]["sampling"]
+    assert code == 2 and figures["fits"] is False
+    assert "GiB while videos are sampled on each GPU" in answer["problems"][0]
+    assert answer["problems"][0].endswith("train.samples=null, for only sampling needs so much")
+    run(["plan", *one])
+    assert "of each GPU while videos are made, by an estimate" in capsys.readouterr().out
+
+
+def test_comfyuis_files_are_part_of_the_export(capsys: pytest.CaptureFixture[str]) -> None:
+    one = (str(WAN_14B_LORA), "export.dtype=bfloat16")
+    sizes = [
+        planned(capsys, *one, *more)[1]["disk"]["export_bytes"]
+        for more in ([], ["export.comfyui=true"])
+    ]
+    assert sizes == [2 * 153_354_240, 4 * 153_354_240]
 
 
 def test_projections_that_are_not_there_are_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:

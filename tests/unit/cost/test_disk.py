@@ -85,6 +85,16 @@ def test_an_export_has_the_dtype_asked_for() -> None:
     assert export_bytes(half, config) == 2 * number
 
 
+def test_a_lora_file_has_the_dtype_of_the_export() -> None:
+    config = release("wan2.1_t2v_1.3b").transformer
+    whole = recipe("wan2.1_t2v_1.3b_lora")
+    number = trained_parameters(whole, config)
+    assert export_bytes(whole, config) == 4 * number
+    for dtype in ("bfloat16", "float16"):
+        half = recipe("wan2.1_t2v_1.3b_lora", f"export.dtype={dtype}")
+        assert export_bytes(half, config) == 2 * number
+
+
 LATENT = 16 * 21 * 60 * 104
 TEXT = 128 * 4096
 

@@ -244,3 +244,43 @@ def test_an_average_is_as_large_as_what_trains() -> None:
     alone = of("parallel.cpu_offload=true", shard=8)
     more = 2 * 4 * WAN_14B_SIZE / 8  # the average, and its copy
     assert offloaded.host - alone.host == pytest.approx(more, rel=0.01)
+
+
+SAMPLES = ("train.samples={}", "validation.prompts=prompts.json")
+WAN_VAE_SIZE = 126_892_531
+
+
+def of_a14b(*overrides: str, processes: int, shard: int) -> Memory:
+    found = recipe("train.micro_batch_size=1", *overrides, name="wan2.2_t2v_a14b_full")
+    config = release("wan2.2_t2v_a14b").transformer
+    return memory(found, config, processes=processes, shard=shard)
+
+
+def test_the_other_expert_and_the_vae_are_there_while_videos_are_made() -> None:
+    """In place of what a step leaves behind: gradients and activations."""
+    without = of_a14b(ADAPTERS, "train.samples=null", processes=1, shard=1)
+    found = of_a14b(ADAPTERS, *SAMPLES, processes=1, shard=1)
+    assert (without.sampling, without.peak) == (0, without.total) == (0, found.total)
+    frozen = 2 * WAN_14B_SIZE + 4 * ADAPTER_SIZE
+    held = 2 * frozen + found.optimizer + 4 * WAN_VAE_SIZE + found.workspace
+    assert found.sampling == pytest.approx(held, rel=0.01)
+    assert found.peak == found.sampling > found.total
+    full = of_a14b(*SAMPLES, "train.dtype=float32", "train.ema={}", processes=8, shard=8)
+    held = (2 + 2 + 1) * full.gradients + 4 * WAN_VAE_SIZE + full.workspace
+    ends = 2 * 4 * 5120 * (16 * 4 + 4096 + 5120 + 256 + 5120 + 6 * 5120 + 64)
+    assert full.sampling == pytest.approx(held + ends, rel=1e-3)
+    assert full.peak == full.total > full.sampling
+
+
+def test_whole_copies_keep_their_buckets_while_videos_are_made() -> None:
+    alone, several = (of(*SAMPLES, processes=n) for n in (1, 2))
+    batch = several.workspace - alone.workspace
+    assert several.sampling == alone.sampling + several.gradients + batch
+
+
+def test_the_other_expert_is_on_the_host_where_weights_are() -> None:
+    offload = "parallel.cpu_offload=true"
+    alone, found = (
+        of_a14b(offload, *more, processes=8, shard=8) for more in (["train.samples=null"], SAMPLES)
+    )
+    assert found.host - alone.host == pytest.approx(4 * WAN_14B_SIZE / 8, rel=0.01)

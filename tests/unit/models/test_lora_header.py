@@ -24,6 +24,14 @@ MISTAKES: dict[str, tuple[dict[str, Tensor], str]] = {
     "whole weights": ({"diffusion_model.blocks.0.norm3.diff": torch.ones(2)}, "is no part of a"),
     "dora": ({"a.dora_scale": torch.ones(2)}, "DoRA, LoKr"),
     "half": ({"a.lora_A.weight": torch.ones(2, 3)}, "a has no lora_B or lora_up"),
+    "half with a bias": (
+        {"a.lora_A.weight": torch.ones(2, 3), "a.diff_b": torch.ones(5)},
+        "a has no lora_B or lora_up; it is incomplete",
+    ),
+    "a bias alone": (
+        {"a.diff_b": torch.ones(5)},
+        "a.diff_b changes a bias of which the weight has no matrices, which is not supported",
+    ),
     "ranks": (
         {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(5, 4)},
         r"have shapes \(2, 3\) and \(5, 4\)",
