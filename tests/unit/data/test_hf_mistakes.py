@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user can get wrong about a Hugging Face data set: one message with the way out."""
 
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,9 @@ from tests.hf_sets import (
     write_cached,
     write_clips,
     write_rows,
+)
+from tests.hf_sets import (
+    VIDEO as VIDEO_TYPE,
 )
 
 Maker = Callable[[Path], object]
@@ -102,6 +106,72 @@ def cut_tar(root: Path) -> None:
     WRITERS["WebDataset"](root)
     (file,) = root.glob("*.tar")
     file.write_bytes(file.read_bytes()[:600])
+
+
+def damaged_tar(root: Path) -> None:
+    """The header of the second member; `tarfile` takes it for the end."""
+    WRITERS["WebDataset"](root)
+    (file,) = root.glob("*.tar")
+    data = bytearray(file.read_bytes())
+    begin = data.index(b"a.json")
+    data[begin : begin + 4] = b"\xff" * 4
+    file.write_bytes(data)
+
+
+def joined_tars(root: Path) -> None:
+    """As `cat` joins them: the second begins after the end of the first."""
+    WRITERS["WebDataset"](root)
+    (file,) = root.glob("*.tar")
+    file.write_bytes(file.read_bytes() * 2)
+
+
+def tar_without_end(root: Path) -> None:
+    WRITERS["WebDataset"](root)
+    (file,) = root.glob("*.tar")
+    file.write_bytes(file.read_bytes().rstrip(b"\0"))
+    with file.open("ab") as opened:
+        opened.write(b"\0" * (-file.stat().st_size % 512))
+
+
+def arrow_cut_between_batches(root: Path) -> None:
+    table = pa.table({"video": pa.array([VIDEO], VIDEO_TYPE), "caption": ["a"]})
+    root.mkdir()
+    with open(root / "r.arrow", "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+        file.flush()
+        first = file.tell()
+        writer.write_table(table)
+    data = (root / "r.arrow").read_bytes()
+    (root / "r.arrow").write_bytes(data[:first])
+
+
+def saved_state(**entries: Any) -> Maker:
+    def make(root: Path) -> None:
+        WRITERS["save_to_disk"](root)
+        (root / "state.json").write_text(json.dumps(entries))
+
+    return make
+
+
+def arrow_gone(root: Path) -> None:
+    WRITERS["save_to_disk"](root)
+    (file,) = root.glob("*.arrow")
+    file.unlink()
+
+
+def splits_gone(root: Path) -> None:
+    WRITERS["save_to_disk of splits"](root)
+    (root / "dataset_dict.json").write_text('{"version": 1}')
+
+
+def with_video(name: str) -> Maker:
+    """One more file beside the clips and the metadata of a folder."""
+
+    def make(root: Path) -> None:
+        WRITERS["folder with metadata.csv"](root)
+        write_clips(root, name)
+
+    return make
 
 
 VIDEO = {"bytes": b"x", "path": "a.mp4"}
@@ -210,6 +280,16 @@ MISTAKES: dict[str, tuple[Maker, dict[str, Any], list[str]]] = {
         text_of("metadata.csv", 'file_name,caption\na.mp4,"a\n'),
         {},
         ["metadata.csv: line 2: is no valid CSV"],
+    ),
+    "comma in a caption": (
+        text_of("metadata.csv", "file_name,caption\na.mp4,a cat\na.mp4,a cat, sleeping\n"),
+        {},
+        ["metadata.csv: line 3: has more cells than the header has names, 2;", "double quotes"],
+    ),
+    "column twice": (
+        text_of("metadata.csv", "file_name,caption,caption\na.mp4,a,b\n"),
+        {},
+        ["metadata.csv: line 1: two columns are called caption; rename or remove one"],
     ),
     "half a Parquet file": (damaged, {}, ["r.parquet: is not a whole Parquet file"]),
     "half an Arrow file": (cut_arrow, {}, ["data-00000-of-00001.arrow: is ", "make or download"]),
