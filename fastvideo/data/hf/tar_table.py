@@ -30,10 +30,9 @@ class TarTable:
         """Suffixes of the members; of a JSON object the keys as well, as ``json.KEY``."""
         with self._opened() as (tar, samples):
             names = dict.fromkeys(suffix for sample in samples for suffix in sample)
-            first = next((sample for sample in samples if "json" in sample), {})
-            value = _value(tar, first, "json")
-            keys = value if isinstance(value, dict) else ()
-            return names | dict.fromkeys(f"json.{key}" for key in keys)
+            values = (_value(tar, sample, "json") for sample in samples if "json" in sample)
+            objects = (value for value in values if isinstance(value, dict))
+            return names | dict.fromkeys(f"json.{key}" for value in objects for key in value)
 
     def rows(self, *, video: str, caption: str) -> Iterator[TableRow]:
         """Yield every row."""

@@ -22,6 +22,7 @@ from tests.hf_sets import (
     write_cached,
     write_clips,
     write_rows,
+    write_tar,
 )
 from tests.hf_sets import (
     VIDEO as VIDEO_TYPE,
@@ -386,3 +387,12 @@ def test_columns_of_usual_names_are_found_and_others_by_their_type(tmp_path: Pat
     assert (item.id, item.captions) == ("a.mp4", ("a",))
     assert item.origin is not None
     assert list(footage.read([item.origin])) == [videos[0]["bytes"]]
+
+
+
+def test_a_key_that_only_later_rows_of_a_tar_have_is_a_column(tmp_path: Path) -> None:
+    video = embedded(tmp_path / "clips", "a.mp4")[0]["bytes"]
+    members = [("a.mp4", video), ("a.json", b"{}"), ("b.mp4", video), ("c.mp4", video)]
+    write_tar(tmp_path / "set/a.tar", [*members, ("c.json", b'{"caption": "c"}')])
+    items, _ = list_clips(HfSource(path=str(tmp_path / "set")))
+    assert [item.captions for item in items] == [(), (), ("c",)]
