@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known and decided about each item of a source, before it has a place in a shard."""
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -96,22 +97,29 @@ def judge(
     workers = recipe.preprocess.decode_workers
     examined = examine(clips, footage, known=known, journal=journal, workers=workers)
     rows: list[ClipRow] = []
-    taken: set[str] = set()
+    once = _given_once(items)
+    taken = set(once)
     for item in items:
         found = examined[item.origin] if item.origin is not None else None
-        name = _name(item, found, taken=taken) if found else item.id
+        name = item.id if found is None or item.id in once else _name(item, found, taken=taken)
         taken |= {name} if found else set()
         rows.append(_judge_one(item, name=name, found=found, clip=recipe.clip, source=source))
     return rows if source.filters.allow_duplicates else without_duplicates(rows)
 
 
-def _name(item: Item, found: Examined, *, taken: Collection[str]) -> str:
-    """What the source calls a clip, if it does and no other one has that name.
+def _given_once(items: Iterable[Item]) -> set[str]:
+    """Names that the source gives to one clip each."""
+    counts = collections.Counter(item.id for item in items if item.origin is not None)
+    return {name for name, count in counts.items() if name and count == 1}
 
-    Else its name follows from its content, so that it stays when rows move to other files.
+
+def _name(item: Item, found: Examined, *, taken: Collection[str]) -> str:
+    """What a clip is called that has no name, or one that others have as well.
+
+    It follows from its content, so that it stays when rows move or change their order.
     """
     digest = found.sha256[:16]
-    names = (item.id or digest, f"{item.id}#{digest}", f"{digest}#{item.origin}")
+    names = (f"{item.id}#{digest}" if item.id else digest, f"{digest}#{item.origin}")
     name = next((name for name in names if name not in taken), names[-1])
     while name in taken:
         name += "'"
