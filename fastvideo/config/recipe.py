@@ -87,7 +87,7 @@ class Filters(Spec):
     max_caption_chars: PositiveInt = 10_000
     """Captions longer than this are left out; text past the encoder's tokens has no effect."""
     allow_duplicates: bool = False
-    """Keep files with the same content as an earlier one."""
+    """Keep files with the same content as an earlier one, all in one split unless items say it."""
 
 
 class MergedSource(Spec):

@@ -104,7 +104,10 @@ def judge(
         name = item.id if found is None or item.id in once else _name(item, found, taken=taken)
         taken |= {name} if found else set()
         rows.append(_judge_one(item, name=name, found=found, clip=recipe.clip, source=source))
-    return rows if source.filters.allow_duplicates else without_duplicates(rows)
+    if source.filters.allow_duplicates:
+        stated = {item.index for item in items if item.split is not None}
+        return _with_twins_together(rows, stated=stated)
+    return without_duplicates(rows)
 
 
 def _given_once(items: Iterable[Item]) -> set[str]:
@@ -138,6 +141,23 @@ def without_duplicates(rows: Iterable[ClipRow]) -> list[ClipRow]:
                 row = with_verdict(row, "filtered", "duplicate_content", detail)
         kept.append(row)
     return kept
+
+
+def _with_twins_together(rows: Sequence[ClipRow], *, stated: Collection[int]) -> list[ClipRow]:
+    """Rows with the same content in one split, or training would see what is held out.
+
+    It is that of the first of the items ``stated``, whose split the source says, else of the first
+    row. Items that are stated keep their own.
+    """
+    splits: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row.item not in stated):
+        splits.setdefault(row.sha256, row.split)
+    return [
+        dataclasses.replace(row, split=splits[row.sha256])
+        if row.sha256 and row.item not in stated
+        else row
+        for row in rows
+    ]
 
 
 def with_verdict(
