@@ -333,6 +333,20 @@ class Recipe(Spec):
         return self
 
     @model_validator(mode="after")
+    def _set_holds_no_files_of_ours(self) -> Self:
+        if not isinstance(self.source, HfSource):
+            return self
+        folder = Path(self.source.path).expanduser()
+        for key, ours in {"shards.path": self.shards.path, "run_dir": self.run_dir}.items():
+            inside = Path(os.path.realpath(ours)).is_relative_to(os.path.realpath(folder))
+            if inside and folder.is_dir():
+                raise ValueError(
+                    f"{key}={ours}: lies in source.path={self.source.path}, where `datasets` takes "
+                    "every file for a part of the set; choose a folder outside of it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _model_has_the_task(self) -> Self:
         tasks = self.architecture.tasks
         if self.model.task not in tasks:

@@ -107,6 +107,19 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
         Recipe.load(latin)
 
 
+@pytest.mark.parametrize("key", ["shards.path", "run_dir"])
+def test_files_of_ours_do_not_go_into_a_data_set_of_hugging_face(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    source = f"source={{kind: hf, path: {tmp_path / 'clips'}}}"
+    keys = [source, f"{key}={tmp_path / 'clips/ours'}"]
+    Recipe.load(path, keys)  # no folder: an id on the Hub
+    (tmp_path / "clips").mkdir()
+    with pytest.raises(UserError, match=rf"{key}=.*: lies in source\.path=.* outside of it"):
+        Recipe.load(path, keys)
+    Recipe.load(path, [source, f"{key}={tmp_path / 'clips_ours'}"])
+
+
 def test_several_mistakes_are_all_said_at_once(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE)
