@@ -303,6 +303,16 @@ MISTAKES: dict[str, tuple[Maker, dict[str, Any], list[str]]] = {
         {},
         ["r.arrow: is not a whole Arrow file (it has no end of stream)", "make or download"],
     ),
+    "clip that makes a split": (
+        with_video("sub/test.mp4"),
+        {},
+        ["has the splits test; for Hugging Face names", "here sub/test.mp4:", "`configs:`"],
+    ),
+    "clip that makes the split": (
+        with_video("train 1.mp4"),
+        {},
+        ["without captions, though metadata is elsewhere", "here train 1.mp4:", "README.md"],
+    ),
     "broken README": (readme("configs: ["), {}, ["holds no data set that can be read (while"]),
     "README of another kind": (readme("configs: 3"), {}, ["Expected configs to be a list"]),
     "README that names nothing": (data_files("gone/*"), {}, ["holds no data set", "data files"]),
