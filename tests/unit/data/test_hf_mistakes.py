@@ -253,7 +253,7 @@ MISTAKES: dict[str, tuple[Maker, dict[str, Any], list[str]]] = {
     "metadata without file names": (
         text_of("metadata.csv", "name,caption\na.mp4,a\n"),
         {},
-        ["metadata.csv: has no column video or ", "its columns are name, caption"],
+        ["metadata.csv: has no column file_name or video or ", "its columns are name, caption"],
     ),
     "no metadata": (
         lambda root: write_clips(root, "a.mp4"),
@@ -398,6 +398,16 @@ def test_columns_of_usual_names_are_found_and_others_by_their_type(tmp_path: Pat
     assert item.origin is not None
     assert list(footage.read([item.origin])) == [videos[0]["bytes"]]
 
+
+def test_in_metadata_the_names_of_files_come_before_a_column_called_video(tmp_path: Path) -> None:
+    write_clips(tmp_path / "set", "a.mp4")
+    table = "video,{},caption\nhttps://example.org/a,a.mp4,a\n"
+    for name in ("file_name", "video_file_name"):
+        (tmp_path / "set/metadata.csv").write_text(table.format(name))
+        for columns in ({}, {"video": "video"}):
+            source = HfSource.model_validate({"path": str(tmp_path / "set"), "columns": columns})
+            ((item,), _) = list_clips(source)
+            assert (item.id, item.problem) == ("a.mp4", None)
 
 
 def test_a_key_that_only_later_rows_of_a_tar_have_is_a_column(tmp_path: Path) -> None:
