@@ -6,7 +6,6 @@ import functools
 import io
 import os
 import posixpath
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +73,7 @@ def find_root(source: HfSource) -> Root:
         return LocalRoot(folder.resolve())
     if folder.exists():
         raise UserError(f"source.path={source.path}: is a file; write the folder it is in")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source.path, re.ASCII):
+    if not _is_id(source.path):
         raise UserError(
             f"source.path={source.path}: there is no such folder, and it is no id of a data set on "
             "the Hub, which is written owner/name"
@@ -84,6 +83,17 @@ def find_root(source: HfSource) -> Root:
     if source.streaming and not is_offline_mode():
         return _resolve(source)
     return LocalRoot(_snapshot(source))
+
+
+def _is_id(path: str) -> bool:
+    """Whether the Hub could have a data set of that name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return path.count("/") == 1
 
 
 def _elsewhere(root: Root, address: str) -> UserError:

@@ -303,6 +303,11 @@ MISTAKES: dict[str, tuple[Maker, dict[str, Any], list[str]]] = {
         {},
         ["r.arrow: is not a whole Arrow file (it has no end of stream)", "make or download"],
     ),
+    "Arrow file that is not there": (
+        arrow_gone,
+        {},
+        ["data-00000-of-00001.arrow: is not there, though the data set lists it", "download"],
+    ),
     "clip that makes a split": (
         with_video("sub/test.mp4"),
         {},
@@ -349,8 +354,15 @@ def test_files_out_of_the_folder_are_not_read(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
-    message = message_of({"path": str(tmp_path / "nowhere")})
-    assert "there is no such folder, and it is no id of a data set on the Hub" in message
+    for path in (
+        str(tmp_path / "nowhere"),
+        "data/clips--v2",
+        "data/clips.git",
+        "clips",
+        "../clips",
+    ):
+        message = message_of({"path": path})
+        assert "there is no such folder, and it is no id of a data set on the Hub" in message
 
 
 def test_a_data_set_that_is_not_in_the_cache_is_told_with_the_command(tmp_path: Path) -> None:
