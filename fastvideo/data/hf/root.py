@@ -32,7 +32,7 @@ class Root(Protocol):
         ...
 
     def relative(self, address: str) -> str:
-        """The path of a file that ``datasets`` names.
+        """The path of a file that ``datasets`` names, normalised.
 
         Raises:
             UserError: It is elsewhere.
@@ -98,8 +98,8 @@ def _is_id(path: str) -> bool:
 
 def _elsewhere(root: Root, address: str) -> UserError:
     return UserError(
-        f"{root.address}: its README.md names {clipped(address)} as one of data_files, which is "
-        "elsewhere; link or copy it into the data set"
+        f"{root.address}: its README.md or state.json names {clipped(address)} as a data file, "
+        "which is elsewhere; link or copy it into the data set"
     )
 
 
@@ -125,9 +125,10 @@ class LocalRoot:
 
     def relative(self, address: str) -> str:
         """Files come as absolute paths."""
-        if not Path(address).is_relative_to(self.folder):
+        file = Path(os.path.normpath(address))
+        if not file.is_relative_to(self.folder):
             raise _elsewhere(self, address)
-        return Path(address).relative_to(self.folder).as_posix()
+        return file.relative_to(self.folder).as_posix()
 
     def stamp(self, file: str) -> Stamp:
         """Size and time of change."""
@@ -213,9 +214,12 @@ class HubRoot:
 
     def relative(self, address: str) -> str:
         """Files come as ``hf://datasets/<id>@<commit>/<path>``."""
-        if not address.startswith(f"hf://{self.prefix}/"):
+        folder, file = f"hf://{self.prefix}/", ""
+        if address.startswith(folder):
+            file = posixpath.normpath(address.removeprefix(folder))
+        if not file or file.startswith(("../", "/")):
             raise _elsewhere(self, address)
-        return address.removeprefix(f"hf://{self.prefix}/")
+        return file
 
     def stamp(self, file: str) -> Stamp:
         """Size, and a number that stands for the content."""

@@ -26,6 +26,10 @@ _SPLIT_NAME = re.compile(
 )
 """What `datasets` takes for a split in the path of a file."""
 
+_UNREADABLE = (FileNotFoundError, RuntimeError, ImportError, YAMLError, BadZipFile)
+_MISTYPED = (TypeError, AttributeError, KeyError)
+"""Raised where a README holds a value of another type than is expected there."""
+
 
 @dataclass(frozen=True)
 class SplitFiles:
@@ -119,18 +123,27 @@ def _has_metadata(root: Root) -> bool:
 
 def _saved_splits(root: LocalRoot) -> dict[str, str]:
     """Folders by split, if ``save_to_disk`` wrote this one."""
-    if listed := _json(root, "dataset_dict.json"):
-        return {split: split for split in listed["splits"]}
+    file = "dataset_dict.json"
+    if listed := _json(root, file):
+        return {split: split for split in _names(listed.get("splits"), root.folder / file)}
     state = _json(root, "state.json")
     return {state.get("_split") or "train": ""} if "_data_files" in state else {}
 
 
 def _saved_files(root: LocalRoot, folder: str) -> list[str]:
     file = posixpath.join(folder, "state.json")
-    files = _json(root, file).get("_data_files")
-    if files is None:
-        raise UserError(f"{root.folder / file}: lists no files; save the data set again")
-    return [posixpath.join(folder, entry["filename"]) for entry in files]
+    entries = _json(root, file).get("_data_files")
+    listed = entries if isinstance(entries, list) else [entries]
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed]
+    files = _names(names, root.folder / file)
+    return [root.relative(str(root.folder / folder / name)) for name in files]
+
+
+def _names(values: Any, file: Path) -> list[str]:
+    """Names that ``file`` lists."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise UserError(f"{file}: does not list names as it should; save the data set again")
+    return values
 
 
 def _json(root: LocalRoot, file: str) -> dict[str, Any]:
@@ -158,7 +171,7 @@ def _builder(source: HfSource, root: Root) -> Any:
     except ValueError as error:
         reason = _wrong_name(source, root) or f"source.path={source.path}: {_line(error)}"
         raise UserError(reason) from None
-    except (FileNotFoundError, RuntimeError, ImportError, YAMLError, BadZipFile) as error:
+    except (*_UNREADABLE, *_MISTYPED) as error:
         raise UserError(
             f"source.path={source.path}: holds no data set that can be read ({_line(error)}); it "
             "needs files of the set in Parquet, Arrow, CSV, JSON or tar, or videos with "
@@ -172,7 +185,7 @@ def _wrong_name(source: HfSource, root: Root) -> str:
 
     try:
         names = get_dataset_config_names(root.address, revision=root.revision)
-    except ValueError:
+    except (ValueError, *_MISTYPED):
         return ""
     has = f"{source.path} has the configurations {', '.join(names)}"
     if source.name is None and len(names) > 1:
@@ -181,4 +194,5 @@ def _wrong_name(source: HfSource, root: Root) -> str:
 
 
 def _line(error: Exception) -> str:
-    return clipped(next(iter(str(error).splitlines()), type(error).__name__))
+    lines = (line.strip() for line in str(error).splitlines())
+    return clipped(next(filter(None, lines), type(error).__name__))

@@ -308,6 +308,17 @@ MISTAKES: dict[str, tuple[Maker, dict[str, Any], list[str]]] = {
         {},
         ["data-00000-of-00001.arrow: is not there, though the data set lists it", "download"],
     ),
+    "saved set without splits": (splits_gone, {}, ["dataset_dict.json: does not list names"]),
+    "saved set without files": (
+        saved_state(_data_files=["a.arrow"]),
+        {},
+        ["state.json: does not list names", "save the data set again"],
+    ),
+    "saved set with files elsewhere": (
+        saved_state(_data_files=[{"filename": "../x.arrow"}]),
+        {},
+        ["state.json names", "x.arrow as a data file, which is elsewhere"],
+    ),
     "clip that makes a split": (
         with_video("sub/test.mp4"),
         {},
@@ -318,6 +329,12 @@ MISTAKES: dict[str, tuple[Maker, dict[str, Any], list[str]]] = {
         {},
         ["without captions, though metadata is elsewhere", "here train 1.mp4:", "README.md"],
     ),
+    "README with features of another kind": (
+        readme("dataset_info: {features: 3}"),
+        {},
+        ["holds no data set that can be read (Expected a dict or a list"],
+    ),
+    "README with files of another kind": (data_files("3"), {}, ["Expected data_files in YAML"]),
     "broken README": (readme("configs: ["), {}, ["holds no data set that can be read (while"]),
     "README of another kind": (readme("configs: 3"), {}, ["Expected configs to be a list"]),
     "README that names nothing": (data_files("gone/*"), {}, ["holds no data set", "data files"]),
@@ -350,7 +367,10 @@ def test_files_out_of_the_folder_are_not_read(tmp_path: Path) -> None:
     outside.write_text("file_name,caption\na.mp4,a\n")
     data_files(str(outside))(tmp_path / "set")
     message = message_of({"path": str(tmp_path / "set")})
-    assert f"README.md names {outside} as one of data_files, which is elsewhere" in message
+    assert f"names {outside} as a data file, which is elsewhere" in message
+    data_files("../outside.csv")(tmp_path / "other")
+    message = message_of({"path": str(tmp_path / "other")})
+    assert "outside.csv as a data file, which is elsewhere" in message
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -95,3 +95,10 @@ def test_a_file_that_is_gone_is_not_waited_for(failing: Callable[[int], None]) -
     failing(0)
     with pytest.raises(UserError, match=r"gone\.mp4: is gone since the manifest was planned"):
         list(CLIPS.read([Origin("gone.mp4")]))
+
+
+@pytest.mark.parametrize("path", ["../other/x.csv", "a/../../x.csv", "/x.csv"])
+def test_files_of_another_repository_are_not_read(path: str) -> None:
+    with pytest.raises(UserError, match="which is elsewhere"):
+        HUB.relative(f"hf://{HUB.prefix}/{path}")
+    assert HUB.relative(f"hf://{HUB.prefix}/./a/../r.csv") == "r.csv"
