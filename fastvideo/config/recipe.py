@@ -87,7 +87,7 @@ class Filters(Spec):
     max_caption_chars: PositiveInt = 10_000
     """Captions longer than this are left out; text past the encoder's tokens has no effect."""
     allow_duplicates: bool = False
-    """Keep files with the same content as an earlier one."""
+    """Keep files with the same content as an earlier one, all in one split unless items say it."""
 
 
 class MergedSource(Spec):
@@ -210,12 +210,11 @@ class Export(Spec):
     """Of the trained weights, which training keeps in float32; parts that diffusers keeps in
     float32 stay so."""
     max_shard_gib: PositiveFloat = 5.0
-    """Largest safetensors file of a whole model; larger weights are split, with an index."""
+    """Largest safetensors file; larger weights are split, with an index."""
     components: Literal["link", "copy"] = "link"
-    """How the untouched weights of a whole model come in: hard links where the file system allows,
-    else copies."""
-    ema: bool | None = None
-    """Take the average of `train.ema` instead of the last weights; empty does where it is kept."""
+    """How the untouched weights come in: hard links where the file system allows, else copies."""
+    ema: bool = False
+    """Take the average of `train.ema` instead of the last weights."""
     comfyui: bool = False
     """Write LoRA files for ComfyUI as well; of adapters only."""
 
@@ -300,11 +299,6 @@ class Recipe(Spec):
         return self.generate.guidance_scale > 1 and not self.architecture.embedded_guidance
 
     @property
-    def averaged(self) -> bool:
-        """Whether the average is what is exported, and sampled of a checkpoint."""
-        return self.train.ema is not None if self.export.ema is None else self.export.ema
-
-    @property
     def transformers(self) -> tuple[str, ...]:
         """Folders of the transformers that are trained, in this order."""
         experts, chosen = self.architecture.experts, self.train.expert
@@ -336,6 +330,20 @@ class Recipe(Spec):
                 f"model.path={self.model.path}: lies in run_dir, whose export would replace it; "
                 "choose another run_dir"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _set_holds_no_files_of_ours(self) -> Self:
+        if not isinstance(self.source, HfSource):
+            return self
+        folder = Path(self.source.path).expanduser()
+        for key, ours in {"shards.path": self.shards.path, "run_dir": self.run_dir}.items():
+            inside = Path(os.path.realpath(ours)).is_relative_to(os.path.realpath(folder))
+            if inside and folder.is_dir():
+                raise ValueError(
+                    f"{key}={ours}: lies in source.path={self.source.path}, where `datasets` takes "
+                    "every file for a part of the set; choose a folder outside of it"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known and decided about each item of a source, before it has a place in a shard."""
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -96,22 +97,32 @@ def judge(
     workers = recipe.preprocess.decode_workers
     examined = examine(clips, footage, known=known, journal=journal, workers=workers)
     rows: list[ClipRow] = []
-    taken: set[str] = set()
+    once = _given_once(items)
+    taken = set(once)
     for item in items:
         found = examined[item.origin] if item.origin is not None else None
-        name = _name(item, found, taken=taken) if found else item.id
+        name = item.id if found is None or item.id in once else _name(item, found, taken=taken)
         taken |= {name} if found else set()
         rows.append(_judge_one(item, name=name, found=found, clip=recipe.clip, source=source))
-    return rows if source.filters.allow_duplicates else without_duplicates(rows)
+    if source.filters.allow_duplicates:
+        stated = {item.index for item in items if item.split is not None}
+        return _with_twins_together(rows, stated=stated)
+    return without_duplicates(rows)
+
+
+def _given_once(items: Iterable[Item]) -> set[str]:
+    """Names that the source gives to one clip each."""
+    counts = collections.Counter(item.id for item in items if item.origin is not None)
+    return {name for name, count in counts.items() if name and count == 1}
 
 
 def _name(item: Item, found: Examined, *, taken: Collection[str]) -> str:
-    """What the source calls a clip, if it does and no other one has that name.
+    """What a clip is called that has no name, or one that others have as well.
 
-    Else its name follows from its content, so that it stays when rows move to other files.
+    It follows from its content, so that it stays when rows move or change their order.
     """
     digest = found.sha256[:16]
-    names = (item.id or digest, f"{item.id}#{digest}", f"{digest}#{item.origin}")
+    names = (f"{item.id}#{digest}" if item.id else digest, f"{digest}#{item.origin}")
     name = next((name for name in names if name not in taken), names[-1])
     while name in taken:
         name += "'"
@@ -130,6 +141,23 @@ def without_duplicates(rows: Iterable[ClipRow]) -> list[ClipRow]:
                 row = with_verdict(row, "filtered", "duplicate_content", detail)
         kept.append(row)
     return kept
+
+
+def _with_twins_together(rows: Sequence[ClipRow], *, stated: Collection[int]) -> list[ClipRow]:
+    """Rows with the same content in one split, or training would see what is held out.
+
+    It is that of the first of the items ``stated``, whose split the source says, else of the first
+    row. Items that are stated keep their own.
+    """
+    splits: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row.item not in stated):
+        splits.setdefault(row.sha256, row.split)
+    return [
+        dataclasses.replace(row, split=splits[row.sha256])
+        if row.sha256 and row.item not in stated
+        else row
+        for row in rows
+    ]
 
 
 def with_verdict(

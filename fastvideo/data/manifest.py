@@ -124,6 +124,7 @@ def _place(
     """Give accepted rows a shard and a row; also returns the next free shard."""
     places = previous.places()
     accepted = [index for index, row in enumerate(rows) if row.state == "accepted"]
+    assert len({rows[i].path for i in accepted}) == len(accepted), "a path is one clip's"
     kept = sorted((places[rows[i].path], i) for i in accepted if rows[i].path in places)
     new = [i for i in accepted if rows[i].path not in places]
     placed = list(rows)

@@ -7,7 +7,6 @@ samples are dealt out to; where weights are sharded, every denoising step needs 
 Axes: F pixel frames, H, W pixels.
 """
 
-import contextlib
 import functools
 import gc
 import itertools
@@ -131,8 +130,7 @@ class Sampler:
         if made and self._team.leads:
             names = [video.path.name for video in todo.videos]
             marker = self._directory.sampled_marker(step)
-            with _writing(marker):
-                atomic.write_json(marker, {"step": step, "videos": names}, point="samples.marker")
+            atomic.write_json(marker, {"step": step, "videos": names}, point="samples.marker")
             logger.info("step %d: %d videos in %s", step, len(names), marker.parent)
         return made
 
@@ -284,17 +282,11 @@ def rounds(videos: Sequence[Video], *, groups: int) -> Iterator[list[Video]]:
 
 
 def _write(video: Video, frames_FHWC: Pixels) -> None:
-    with _writing(video.path):
-        write_made(video.path, frames_FHWC, video.about)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
     try:
-        yield
+        write_made(video.path, frames_FHWC, video.about)
     except OSError as error:
         raise Failed(
-            f"{path}: cannot be written ({error.strerror}); checkpoints are intact. Free "
+            f"{video.path}: cannot be written ({error.strerror}); checkpoints are intact. Free "
             "some space, or remove train.samples, and run the same command again"
         ) from error
 

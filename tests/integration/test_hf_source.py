@@ -238,6 +238,35 @@ def test_rows_that_are_added_keep_ids_and_shards_and_are_probed_alone(
         assert [len(content) for content in probed] == [len(v["bytes"]) for v, _ in old[3:5]]
 
 
+def test_the_order_of_rows_decides_no_id_of_clips_that_share_a_name(
+    small: Set, pairs: list[tuple[Any, Any]]
+) -> None:
+    same = [({**video, "path": "a.mp4"}, caption) for video, caption in pairs[:3]]
+    small.write([*same, *pairs[3:]])
+    before, places = small.plan()["shards"], small.places()
+    digests = [hashlib.sha256(video["bytes"]).hexdigest()[:16] for video, _ in same]
+    assert list(places) == [*(f"a.mp4#{digest}" for digest in digests), "3.mp4", "4.mp4", "5.mp4"]
+    small.write(pairs[5:], [*pairs[3:5], *same[::-1]])
+    assert {index: small.plan()["shards"][index] for index in before} == before
+    assert small.places() == places
+
+
+def test_a_row_and_a_file_of_one_name_keep_their_places(
+    small: Set, pairs: list[tuple[Any, Any]]
+) -> None:
+    videos = [{**pairs[0][0], "path": "a.mp4"}, pairs[1][0], {"bytes": None, "path": "a.mp4"}]
+    write_clips(small.folder, "a.mp4", first=50)
+    write_rows(small.folder / "r.parquet", videos, ["a", "b", "c"])
+    (small.folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: r.parquet\n---\n"
+    )
+    plan, places = small.plan(), small.places()
+    assert set(places.values()) == {(0, 0), (0, 1), (1, 0)}
+    before = small.store.manifest.read_bytes()
+    assert (small.plan(), small.places()) == (plan, places)
+    assert small.store.manifest.read_bytes() == before
+
+
 def watched_probes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What is probed from here on."""
     probed: list[Any] = []

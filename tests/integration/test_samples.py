@@ -78,6 +78,7 @@ ADAPTERS = (
     "train.method={kind: lora, rank: 3, alpha: 6, norms: true}",
     "train.optimizer.lr=1e-2",
     "train.ema={decay: 0.5}",
+    "export.ema=true",
 )
 
 

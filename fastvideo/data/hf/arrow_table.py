@@ -10,6 +10,9 @@ import pyarrow as pa
 from fastvideo.data.hf.cells import TableRow, embedded_bytes, reading, texts, video_cells
 from fastvideo.data.hf.root import LocalRoot, Root
 
+_END = b"\xff\xff\xff\xff\0\0\0\0"
+"""What ends a stream: a message of no length."""
+
 
 class ArrowTable:
     """An Arrow file, of either of its two forms."""
@@ -60,9 +63,20 @@ class ArrowTable:
                 file = pa.ipc.open_file(source)
                 yield file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
                 return
-            yield stream.schema, iter(stream)
+            yield stream.schema, _batches(stream, source)
 
     def _source(self) -> Any:
         if isinstance(self._root, LocalRoot):
             return pa.memory_map(str(self._root.folder / self.file))
         return pa.PythonFile(self._root.open(self.file))
+
+
+def _batches(stream: Any, source: Any) -> Iterator[Any]:
+    """All batches; Arrow takes a file that was cut between two of them for a whole one."""
+    after = source.tell()
+    for batch in stream:
+        yield batch
+        after = source.tell()
+    source.seek(after)
+    if source.read(len(_END)) != _END:
+        raise pa.ArrowInvalid("it has no end of stream")

@@ -61,7 +61,10 @@ def choose_columns(source: HfSource, types: Types, *, file: str, is_folder: bool
         UserError: A column is not there, none is found, or it cannot be what it is to be.
     """
     named = source.columns
-    videos = _spellings(named.video, is_folder=is_folder) if named.video else _likely_videos(types)
+    if named.video:
+        videos = _spellings(named.video, is_folder=is_folder)
+    else:
+        videos = _likely_videos(types, is_folder=is_folder)
     captions = [named.caption] if named.caption else CAPTION_NAMES
     return Chosen(
         _first(
@@ -99,15 +102,19 @@ def _first(kind: _Kind, names: Sequence[str], types: Types, file: str) -> str:
 
 
 def _spellings(name: str, *, is_folder: bool) -> list[str]:
+    """In metadata a file's name comes before what else is called like it, as for `datasets`."""
     if not is_folder:
         return [name]
-    return [name, f"{name}_file_name", *(["file_name"] if name == "video" else [])]
+    return [*(["file_name"] if name == "video" else []), f"{name}_file_name", name]
 
 
-def _likely_videos(types: Types) -> list[str]:
-    """Usual names first, then what is stored as a video under another one."""
+def _likely_videos(types: Types, *, is_folder: bool) -> list[str]:
+    """Usual names, then what is stored as a video under another one; in metadata files first."""
+    usual = [f"{name}_file_name" for name in VIDEO_NAMES if f"{name}_file_name" in types]
+    others = [name for name in types if name.endswith("_file_name")]
     structs = [name for name, kind in types.items() if kind is not None and is_video_struct(kind)]
-    return [*VIDEO_NAMES, *structs]
+    files = ["file_name", *usual, *others] if is_folder else []
+    return list(dict.fromkeys([*files, *VIDEO_NAMES, *structs]))
 
 
 def _list(types: Types) -> str:

@@ -80,47 +80,51 @@ class DatasetFootage:
     def read(self, origins: Iterable[Origin]) -> Iterator[Content]:
         """Yield the content of each clip; see `Footage.read`."""
         for file, rows in _runs(origins):
-            if rows is None:
-                yield self.root.content(file)
-            else:
-                yield from self._read_rows(file, rows)
+            yield from self._read_run(file, rows)
 
-    def _read_rows(self, file: str, rows: Sequence[int]) -> Iterator[bytes]:
-        """The videos of a data file; one that cannot be read is tried again where it broke off."""
+    def _read_run(self, file: str, rows: Sequence[int | None]) -> Iterator[Content]:
+        """The clips of a file; if it cannot be read, it is tried again where it broke off."""
         done, failures = 0, 0
         while done < len(rows):
             try:
                 for content in self._contents(file, rows[done:]):
                     yield content
                     done += 1
+            except FileNotFoundError:
+                name = f"{self.root.address}/{file}"
+                raise UserError(f"{name}: is gone since the manifest was planned") from None
             except OSError:
                 failures += 1
                 if failures == IO_TRIES:
                     raise
                 time.sleep(failures)
 
-    def _contents(self, file: str, rows: Sequence[int]) -> Iterator[bytes]:
+    def _contents(self, file: str, rows: Sequence[int | None]) -> Iterator[Content]:
+        stored = [row for row in rows if row is not None]
+        if stored:
+            yield from self._stored(file, stored)
+        else:
+            yield self.root.content(file)
+
+    def _stored(self, file: str, rows: Sequence[int]) -> Iterator[bytes]:
         table = open_table(self.root, file)
         name = f"{self.root.address}/{file}"
-        try:
-            chosen = choose_columns(self.source, table.columns(), file=name, is_folder=False)
-            for row, content in zip(rows, table.contents(chosen.video, rows), strict=True):
-                if content is None:
-                    raise UserError(f"{name}: row {row} is gone since the manifest was planned")
-                yield content
-        except FileNotFoundError:
-            raise UserError(f"{name}: is gone since the manifest was planned") from None
+        chosen = choose_columns(self.source, table.columns(), file=name, is_folder=False)
+        for row, content in zip(rows, table.contents(chosen.video, rows), strict=True):
+            if content is None:
+                raise UserError(f"{name}: row {row} is gone since the manifest was planned")
+            yield content
 
 
-def _runs(origins: Iterable[Origin]) -> Iterator[tuple[str, list[int] | None]]:
-    """Files by themselves, and neighbouring rows of a data file that ascend."""
+def _runs(origins: Iterable[Origin]) -> Iterator[tuple[str, Sequence[int | None]]]:
+    """Files by themselves, with None for a row, and neighbouring rows of one that ascend."""
     file, rows = "", list[int]()
     for origin in origins:
         if rows and (origin.row is None or origin.file != file or origin.row <= rows[-1]):
             yield file, rows
             rows = []
         if origin.row is None:
-            yield origin.file, None
+            yield origin.file, [None]
         else:
             file = origin.file
             rows.append(origin.row)

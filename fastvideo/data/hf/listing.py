@@ -10,8 +10,8 @@ from pathlib import Path
 from fastvideo.config.recipe import HfSource
 from fastvideo.data.footage import Origin, Stamp
 from fastvideo.data.hf.cells import TableRow
-from fastvideo.data.hf.columns import Chosen, choose_columns
-from fastvideo.data.hf.footage import DatasetFootage, open_table
+from fastvideo.data.hf.columns import Chosen, Types, choose_columns
+from fastvideo.data.hf.footage import DatasetFootage, Table, open_table
 from fastvideo.data.hf.root import LocalRoot, Root, find_root
 from fastvideo.data.hf.split import SplitFiles, find_files
 from fastvideo.data.items import (
@@ -76,13 +76,24 @@ class _Table:
 def _rows(source: HfSource, root: Root, files: SplitFiles) -> Iterator[tuple[_Table, TableRow]]:
     for file in files.tables:
         opened = open_table(root, file)
-        name = f"{root.address}/{file}"
-        columns = choose_columns(source, opened.columns(), file=name, is_folder=files.is_folder)
+        columns = choose_columns(
+            source, _types(opened, root), file=f"{root.address}/{file}", is_folder=files.is_folder
+        )
         beside = posixpath.dirname(file)
         folders = (beside,) if files.is_folder or not beside else (beside, "")
         table = _Table(root, file, root.stamp(file), columns, folders)
         for row in opened.rows(video=columns.video, caption=columns.caption):
             yield table, row
+
+
+def _types(table: Table, root: Root) -> Types:
+    try:
+        return table.columns()
+    except FileNotFoundError:
+        raise UserError(
+            f"{root.address}/{table.file}: is not there, though the data set lists it; copy or "
+            "download the data set again"
+        ) from None
 
 
 def _item(index: int, row: TableRow, table: _Table, *, seen: dict[str, int]) -> Item:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the files of a Hugging Face data set are: a folder here, or a repository on the Hub."""
 
+import contextlib
 import functools
+import io
+import os
 import posixpath
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 from fastvideo import hashing
 from fastvideo.config.recipe import HfSource
@@ -29,7 +32,7 @@ class Root(Protocol):
         ...
 
     def relative(self, address: str) -> str:
-        """The path of a file that ``datasets`` names.
+        """The path of a file that ``datasets`` names, normalised.
 
         Raises:
             UserError: It is elsewhere.
@@ -70,7 +73,7 @@ def find_root(source: HfSource) -> Root:
         return LocalRoot(folder.resolve())
     if folder.exists():
         raise UserError(f"source.path={source.path}: is a file; write the folder it is in")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source.path, re.ASCII):
+    if not _is_id(source.path):
         raise UserError(
             f"source.path={source.path}: there is no such folder, and it is no id of a data set on "
             "the Hub, which is written owner/name"
@@ -82,10 +85,21 @@ def find_root(source: HfSource) -> Root:
     return LocalRoot(_snapshot(source))
 
 
+def _is_id(path: str) -> bool:
+    """Whether the Hub could have a data set of that name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return path.count("/") == 1
+
+
 def _elsewhere(root: Root, address: str) -> UserError:
     return UserError(
-        f"{root.address}: its README.md names {clipped(address)} as one of data_files, which is "
-        "elsewhere; link or copy it into the data set"
+        f"{root.address}: its README.md or state.json names {clipped(address)} as a data file, "
+        "which is elsewhere; link or copy it into the data set"
     )
 
 
@@ -111,9 +125,10 @@ class LocalRoot:
 
     def relative(self, address: str) -> str:
         """Files come as absolute paths."""
-        if not Path(address).is_relative_to(self.folder):
+        file = Path(os.path.normpath(address))
+        if not file.is_relative_to(self.folder):
             raise _elsewhere(self, address)
-        return Path(address).relative_to(self.folder).as_posix()
+        return file.relative_to(self.folder).as_posix()
 
     def stamp(self, file: str) -> Stamp:
         """Size and time of change."""
@@ -134,8 +149,9 @@ def _snapshot(source: HfSource) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(source.path, repo_type="dataset", revision=source.revision)
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        with _network_failures():
+            folder = snapshot_download(source.path, repo_type="dataset", revision=source.revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(_not_found(source, error)) from None
     return Path(folder).resolve()
 
@@ -198,9 +214,12 @@ class HubRoot:
 
     def relative(self, address: str) -> str:
         """Files come as ``hf://datasets/<id>@<commit>/<path>``."""
-        if not address.startswith(f"hf://{self.prefix}/"):
+        folder, file = f"hf://{self.prefix}/", ""
+        if address.startswith(folder):
+            file = posixpath.normpath(address.removeprefix(folder))
+        if not file or file.startswith(("../", "/")):
             raise _elsewhere(self, address)
-        return address.removeprefix(f"hf://{self.prefix}/")
+        return file
 
     def stamp(self, file: str) -> Stamp:
         """Size, and a number that stands for the content."""
@@ -215,8 +234,9 @@ class HubRoot:
     def open(self, file: str, *, sparse: bool = False) -> IO[bytes]:
         """Open for reading; what is asked for is fetched, and some bytes ahead of it."""
         ahead = _SPARSE_BYTES if sparse else _AHEAD_BYTES
-        opened: IO[bytes] = _files().open(f"{self.prefix}/{file}", "rb", block_size=ahead)
-        return opened
+        with _network_failures():
+            opened = _files().open(f"{self.prefix}/{file}", "rb", block_size=ahead)
+        return cast(IO[bytes], _Fetched(opened))
 
     def content(self, file: str) -> Content:
         """The content, fetched."""
@@ -227,6 +247,47 @@ class HubRoot:
     def prefix(self) -> str:
         """What paths begin with in the Hub's file system."""
         return f"datasets/{self.repository}@{self.commit}"
+
+
+class _Fetched(io.BufferedIOBase):
+    """A file of the Hub whose failures are ``OSError``, like those of a disk."""
+
+    def __init__(self, opened: Any) -> None:
+        self._opened = opened
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        with _network_failures():
+            data: bytes = self._opened.read(-1 if size is None else size)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return int(self._opened.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._opened.tell())
+
+    def close(self) -> None:
+        self._opened.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _network_failures() -> Iterator[None]:
+    """Make failures of the network ``OSError``, as only some of those of the Hub's client are."""
+    from httpx2 import HTTPError
+
+    try:
+        yield
+    except HTTPError as error:
+        if isinstance(error, OSError):
+            raise
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
 def _files() -> Any:
@@ -240,7 +301,8 @@ def _entries(root: HubRoot, folder: str) -> dict[str, dict[str, Any]]:
     """Entries of a folder by path; a commit never changes."""
     where = posixpath.join(root.prefix, folder).rstrip("/")
     try:
-        entries = _files().ls(where, detail=True)
+        with _network_failures():
+            entries = _files().ls(where, detail=True)
     except FileNotFoundError:
         return {}
     return {entry["name"]: entry for entry in entries}
@@ -248,11 +310,11 @@ def _entries(root: HubRoot, folder: str) -> dict[str, dict[str, Any]]:
 
 def _resolve(source: HfSource) -> HubRoot:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
-        found = HfApi().dataset_info(source.path, revision=source.revision)
-    except (HTTPError, OSError) as error:
+        with _network_failures():
+            found = HfApi().dataset_info(source.path, revision=source.revision)
+    except OSError as error:
         raise UserError(_not_found(source, error)) from None
     assert found.sha is not None
     return HubRoot(source.path, found.sha)

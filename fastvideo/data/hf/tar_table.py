@@ -15,6 +15,8 @@ from fastvideo.errors import UserError
 _Sample = dict[str, tarfile.TarInfo]
 """Members of a row by what follows their key."""
 
+_END_BYTES = 1 << 16
+
 
 class TarTable:
     """A tar file; of its videos only the headers are read until they are needed."""
@@ -28,10 +30,9 @@ class TarTable:
         """Suffixes of the members; of a JSON object the keys as well, as ``json.KEY``."""
         with self._opened() as (tar, samples):
             names = dict.fromkeys(suffix for sample in samples for suffix in sample)
-            first = next((sample for sample in samples if "json" in sample), {})
-            value = _value(tar, first, "json")
-            keys = value if isinstance(value, dict) else ()
-            return names | dict.fromkeys(f"json.{key}" for key in keys)
+            values = (_value(tar, sample, "json") for sample in samples if "json" in sample)
+            objects = (value for value in values if isinstance(value, dict))
+            return names | dict.fromkeys(f"json.{key}" for value in objects for key in value)
 
     def rows(self, *, video: str, caption: str) -> Iterator[TableRow]:
         """Yield every row."""
@@ -76,7 +77,20 @@ def _samples(tar: tarfile.TarFile) -> list[_Sample]:
             latest[key] = {}
             samples.append(latest[key])
         latest[key][suffix] = member
+    _require_end(tar)
     return samples
+
+
+def _require_end(tar: tarfile.TarFile) -> None:
+    """Only zeros may follow the last member: ``tarfile`` takes damage for the end as well."""
+    file = tar.fileobj
+    assert file is not None
+    file.seek(tar.offset)
+    first = file.read(tarfile.BLOCKSIZE)
+    rest = iter(lambda: file.read(_END_BYTES), b"")
+    is_end = len(first) == tarfile.BLOCKSIZE and not first.strip(b"\0")
+    if not is_end or any(data.strip(b"\0") for data in rest):
+        raise tarfile.ReadError(f"neither a member nor the end at byte {tar.offset}")
 
 
 def _value(tar: tarfile.TarFile, sample: _Sample, column: str) -> Any:

@@ -61,8 +61,21 @@ def _csv_rows(data: bytes, *, name: str, delimiter: str) -> Iterator[dict[Any, A
         ) from None
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        yield from reader
+        header = reader.fieldnames or ()
+        _require_distinct(header, name=name)
+        for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{name}: line {reader.line_num}: has more cells than the header has names, "
+                    f"{len(header)}; put a text that holds {delimiter!r} in double quotes"
+                )
+            yield row
     except csv.Error as error:
-        raise UserError(
-            f"{name}: line {reader.reader.line_num}: is no valid CSV: {error}"
-        ) from None
+        line = reader.reader.line_num
+        raise UserError(f"{name}: line {line}: is no valid CSV: {error}") from None
+
+
+def _require_distinct(header: Sequence[str], *, name: str) -> None:
+    repeated = next((key for key in header if key and header.count(key) > 1), None)
+    if repeated is not None:
+        raise UserError(f"{name}: line 1: two columns are called {repeated}; rename or remove one")

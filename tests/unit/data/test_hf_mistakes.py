@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user can get wrong about a Hugging Face data set: one message with the way out."""
 
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,10 @@ from tests.hf_sets import (
     write_cached,
     write_clips,
     write_rows,
+    write_tar,
+)
+from tests.hf_sets import (
+    VIDEO as VIDEO_TYPE,
 )
 
 Maker = Callable[[Path], object]
@@ -104,6 +109,72 @@ def cut_tar(root: Path) -> None:
     file.write_bytes(file.read_bytes()[:600])
 
 
+def damaged_tar(root: Path) -> None:
+    """The header of the second member; `tarfile` takes it for the end."""
+    WRITERS["WebDataset"](root)
+    (file,) = root.glob("*.tar")
+    data = bytearray(file.read_bytes())
+    begin = data.index(b"a.json")
+    data[begin : begin + 4] = b"\xff" * 4
+    file.write_bytes(data)
+
+
+def joined_tars(root: Path) -> None:
+    """As `cat` joins them: the second begins after the end of the first."""
+    WRITERS["WebDataset"](root)
+    (file,) = root.glob("*.tar")
+    file.write_bytes(file.read_bytes() * 2)
+
+
+def tar_without_end(root: Path) -> None:
+    WRITERS["WebDataset"](root)
+    (file,) = root.glob("*.tar")
+    file.write_bytes(file.read_bytes().rstrip(b"\0"))
+    with file.open("ab") as opened:
+        opened.write(b"\0" * (-file.stat().st_size % 512))
+
+
+def arrow_cut_between_batches(root: Path) -> None:
+    table = pa.table({"video": pa.array([VIDEO], VIDEO_TYPE), "caption": ["a"]})
+    root.mkdir()
+    with open(root / "r.arrow", "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+        file.flush()
+        first = file.tell()
+        writer.write_table(table)
+    data = (root / "r.arrow").read_bytes()
+    (root / "r.arrow").write_bytes(data[:first])
+
+
+def saved_state(**entries: Any) -> Maker:
+    def make(root: Path) -> None:
+        WRITERS["save_to_disk"](root)
+        (root / "state.json").write_text(json.dumps(entries))
+
+    return make
+
+
+def arrow_gone(root: Path) -> None:
+    WRITERS["save_to_disk"](root)
+    (file,) = root.glob("*.arrow")
+    file.unlink()
+
+
+def splits_gone(root: Path) -> None:
+    WRITERS["save_to_disk of splits"](root)
+    (root / "dataset_dict.json").write_text('{"version": 1}')
+
+
+def with_video(name: str) -> Maker:
+    """One more file beside the clips and the metadata of a folder."""
+
+    def make(root: Path) -> None:
+        WRITERS["folder with metadata.csv"](root)
+        write_clips(root, name)
+
+    return make
+
+
 VIDEO = {"bytes": b"x", "path": "a.mp4"}
 TWO = "r.parquet: has no column {}; its columns are {}: write as source.columns.{}"
 
@@ -182,7 +253,7 @@ MISTAKES: dict[str, tuple[Maker, dict[str, Any], list[str]]] = {
     "metadata without file names": (
         text_of("metadata.csv", "name,caption\na.mp4,a\n"),
         {},
-        ["metadata.csv: has no column video or ", "its columns are name, caption"],
+        ["metadata.csv: has no column file_name or video or ", "its columns are name, caption"],
     ),
     "no metadata": (
         lambda root: write_clips(root, "a.mp4"),
@@ -211,9 +282,59 @@ MISTAKES: dict[str, tuple[Maker, dict[str, Any], list[str]]] = {
         {},
         ["metadata.csv: line 2: is no valid CSV"],
     ),
+    "comma in a caption": (
+        text_of("metadata.csv", "file_name,caption\na.mp4,a cat\na.mp4,a cat, sleeping\n"),
+        {},
+        ["metadata.csv: line 3: has more cells than the header has names, 2;", "double quotes"],
+    ),
+    "column twice": (
+        text_of("metadata.csv", "file_name,caption,caption\na.mp4,a,b\n"),
+        {},
+        ["metadata.csv: line 1: two columns are called caption; rename or remove one"],
+    ),
     "half a Parquet file": (damaged, {}, ["r.parquet: is not a whole Parquet file"]),
     "half an Arrow file": (cut_arrow, {}, ["data-00000-of-00001.arrow: is ", "make or download"]),
     "half a tar file": (cut_tar, {}, ["train-0000.tar: is not a whole tar file"]),
+    "damaged tar file": (damaged_tar, {}, ["train-0000.tar: is not a whole tar file", "at byte"]),
+    "joined tar files": (joined_tars, {}, ["train-0000.tar: is not a whole tar file", "at byte"]),
+    "tar file without its end": (tar_without_end, {}, ["train-0000.tar: is not a whole tar file"]),
+    "Arrow file that ends early": (
+        arrow_cut_between_batches,
+        {},
+        ["r.arrow: is not a whole Arrow file (it has no end of stream)", "make or download"],
+    ),
+    "Arrow file that is not there": (
+        arrow_gone,
+        {},
+        ["data-00000-of-00001.arrow: is not there, though the data set lists it", "download"],
+    ),
+    "saved set without splits": (splits_gone, {}, ["dataset_dict.json: does not list names"]),
+    "saved set without files": (
+        saved_state(_data_files=["a.arrow"]),
+        {},
+        ["state.json: does not list names", "save the data set again"],
+    ),
+    "saved set with files elsewhere": (
+        saved_state(_data_files=[{"filename": "../x.arrow"}]),
+        {},
+        ["state.json names", "x.arrow as a data file, which is elsewhere"],
+    ),
+    "clip that makes a split": (
+        with_video("sub/test.mp4"),
+        {},
+        ["has the splits test; for Hugging Face names", "here sub/test.mp4:", "`configs:`"],
+    ),
+    "clip that makes the split": (
+        with_video("train 1.mp4"),
+        {},
+        ["without captions, though metadata is elsewhere", "here train 1.mp4:", "README.md"],
+    ),
+    "README with features of another kind": (
+        readme("dataset_info: {features: 3}"),
+        {},
+        ["holds no data set that can be read (Expected a dict or a list"],
+    ),
+    "README with files of another kind": (data_files("3"), {}, ["Expected data_files in YAML"]),
     "broken README": (readme("configs: ["), {}, ["holds no data set that can be read (while"]),
     "README of another kind": (readme("configs: 3"), {}, ["Expected configs to be a list"]),
     "README that names nothing": (data_files("gone/*"), {}, ["holds no data set", "data files"]),
@@ -246,12 +367,22 @@ def test_files_out_of_the_folder_are_not_read(tmp_path: Path) -> None:
     outside.write_text("file_name,caption\na.mp4,a\n")
     data_files(str(outside))(tmp_path / "set")
     message = message_of({"path": str(tmp_path / "set")})
-    assert f"README.md names {outside} as one of data_files, which is elsewhere" in message
+    assert f"names {outside} as a data file, which is elsewhere" in message
+    data_files("../outside.csv")(tmp_path / "other")
+    message = message_of({"path": str(tmp_path / "other")})
+    assert "outside.csv as a data file, which is elsewhere" in message
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
-    message = message_of({"path": str(tmp_path / "nowhere")})
-    assert "there is no such folder, and it is no id of a data set on the Hub" in message
+    for path in (
+        str(tmp_path / "nowhere"),
+        "data/clips--v2",
+        "data/clips.git",
+        "clips",
+        "../clips",
+    ):
+        message = message_of({"path": path})
+        assert "there is no such folder, and it is no id of a data set on the Hub" in message
 
 
 def test_a_data_set_that_is_not_in_the_cache_is_told_with_the_command(tmp_path: Path) -> None:
@@ -298,3 +429,22 @@ def test_columns_of_usual_names_are_found_and_others_by_their_type(tmp_path: Pat
     assert (item.id, item.captions) == ("a.mp4", ("a",))
     assert item.origin is not None
     assert list(footage.read([item.origin])) == [videos[0]["bytes"]]
+
+
+def test_in_metadata_the_names_of_files_come_before_a_column_called_video(tmp_path: Path) -> None:
+    write_clips(tmp_path / "set", "a.mp4")
+    table = "video,{},caption\nhttps://example.org/a,a.mp4,a\n"
+    for name in ("file_name", "video_file_name"):
+        (tmp_path / "set/metadata.csv").write_text(table.format(name))
+        for columns in ({}, {"video": "video"}):
+            source = HfSource.model_validate({"path": str(tmp_path / "set"), "columns": columns})
+            ((item,), _) = list_clips(source)
+            assert (item.id, item.problem) == ("a.mp4", None)
+
+
+def test_a_key_that_only_later_rows_of_a_tar_have_is_a_column(tmp_path: Path) -> None:
+    video = embedded(tmp_path / "clips", "a.mp4")[0]["bytes"]
+    members = [("a.mp4", video), ("a.json", b"{}"), ("b.mp4", video), ("c.mp4", video)]
+    write_tar(tmp_path / "set/a.tar", [*members, ("c.json", b'{"caption": "c"}')])
+    items, _ = list_clips(HfSource(path=str(tmp_path / "set")))
+    assert [item.captions for item in items] == [(), (), ("c",)]

@@ -4,6 +4,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -198,6 +199,27 @@ def test_the_same_content_is_used_once_unless_allowed(plans: Plans) -> None:
     assert "'a.mp4'" in plans.rows()["c.mp4"].detail
     plans.plan(allow_duplicates=True)
     assert {row.state for row in read_rows(plans.store)} == {"accepted"}
+
+
+def test_the_same_content_is_in_one_split_unless_an_item_says_another(plans: Plans) -> None:
+    names = [f"{number}.mp4" for number in range(8)]
+    plans.clips("0.mp4")
+    for name in names[1:]:
+        shutil.copyfile(plans.root / "data/videos/0.mp4", plans.root / "data/videos" / name)
+    source = {"heldout": 0.5}
+    plans.items(*({"path": name, "cap": "a"} for name in names))
+    plans.plan(source=source, allow_duplicates=True)
+    spec = plans.recipe(source=source).source
+    assert len({seeded_split(name, source=spec) for name in names}) == 2, "they would be apart"
+    first = seeded_split("0.mp4", source=spec)
+    assert {row.split for row in read_rows(plans.store)} == {first}
+    other = "train" if first == "heldout" else "heldout"
+    splits = [{}, {}, {"split": other}, {}, {"split": first}, *[{}] * 3]
+    items = ({"path": name, "cap": "a", **s} for name, s in zip(names, splits, strict=True))
+    plans.items(*items)
+    plans.plan(source=source, allow_duplicates=True)
+    expected = [first if index == 4 else other for index in range(8)]
+    assert [row.split for row in read_rows(plans.store)] == expected
 
 
 def test_a_seeded_share_is_held_out_and_stays_when_clips_are_added() -> None:
