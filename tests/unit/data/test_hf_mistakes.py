@@ -415,7 +415,8 @@ def remember(root: Path, files: list[dict[str, Any]]) -> None:
 def test_videos_that_no_metadata_names_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log.logger, "propagate", True)
+    monkeypatch.setattr(log.logger, "propagate", False)
+    monkeypatch.setattr(log.logger, "handlers", [caplog.handler])
     WRITERS["folder with metadata.csv"](tmp_path / "set")
     write_clips(tmp_path / "set", "sub/c.mp4")
     list_clips(HfSource(path=str(tmp_path / "set")))
