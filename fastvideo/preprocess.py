@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvideo import hashing, state
-from fastvideo.config.recipe import ParquetSource, Recipe
+from fastvideo.config.recipe import Recipe
+from fastvideo.config.source import ParquetSource
 from fastvideo.data.decode import DECODE_SETTINGS
 from fastvideo.data.manifest import plan_manifest
 from fastvideo.data.prompts import prompts_fingerprint, prompts_to_encode

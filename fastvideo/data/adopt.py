@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastvideo import atomic
-from fastvideo.config.recipe import ParquetSource, Recipe
+from fastvideo.config.recipe import Recipe
+from fastvideo.config.source import ParquetSource
 from fastvideo.data.judge import ClipRow, seeded_split, with_verdict, without_duplicates
 from fastvideo.data.upstream import StoredClip, parquet_files, read_clips, read_tensors
 from fastvideo.errors import UserError

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvideo.config.recipe import ParquetSource, Recipe
+from fastvideo.config.recipe import Recipe
+from fastvideo.config.source import ParquetSource
 from fastvideo.data.adopt import Adopted, Normalisation, adopted
 from fastvideo.data.decode_ahead import Decoded, Frames, decode_ahead
 from fastvideo.data.first_image import PromptToEncode, first_image

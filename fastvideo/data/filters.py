@@ -3,7 +3,8 @@
 
 from collections.abc import Sequence
 
-from fastvideo.config.recipe import Clip, Filters
+from fastvideo.config.recipe import Clip
+from fastvideo.config.source import Filters
 from fastvideo.data.container import ClipFault
 from fastvideo.data.decode import VideoInfo
 from fastvideo.data.picture import cover_size

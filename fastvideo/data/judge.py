@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastvideo.config.recipe import Clip, HfSource, MergedSource, Recipe, Source
+from fastvideo.config.recipe import Clip, Recipe
+from fastvideo.config.source import HfSource, MergedSource, Source
 from fastvideo.data.decode import VideoInfo
 from fastvideo.data.examine import Examined, examine
 from fastvideo.data.filters import reject_captions, reject_video, usable_captions

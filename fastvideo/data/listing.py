@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sources of videos: what each lists, and where its clips are."""
 
-from fastvideo.config.recipe import HfSource, MergedSource
+from fastvideo.config.source import HfSource, MergedSource
 from fastvideo.data.footage import Footage
 from fastvideo.data.items import Item
 from fastvideo.data.source import merged_footage, read_merged

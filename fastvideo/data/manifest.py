@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastvideo import atomic, hashing, state
-from fastvideo.config.recipe import ParquetSource, Recipe
+from fastvideo.config.recipe import Recipe
+from fastvideo.config.source import ParquetSource
 from fastvideo.data.adopt import judge_parquet
 from fastvideo.data.changes import log_changes
 from fastvideo.data.decode import DECODE_SETTINGS, VideoInfo

@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from fastvideo.config.recipe import MergedSource
+from fastvideo.config.source import MergedSource
 from fastvideo.data.entries import parse_entries
 from fastvideo.data.footage import Folder, Origin
 from fastvideo.data.items import (

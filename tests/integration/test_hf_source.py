@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from fastvideo.config.recipe import HfSource, Recipe
+from fastvideo.config.recipe import Recipe
+from fastvideo.config.source import HfSource
 from fastvideo.data import examine
 from fastvideo.data.decode import VideoInfo, probe
 from fastvideo.data.footage import Content, Origin
@@ -410,7 +411,7 @@ def test_a_row_group_that_is_larger_than_memory_is_read_row_by_row(tmp_path: Pat
     subprocess.run([sys.executable, "-c", code, file, str(size), str(count)], check=True)
     job = (
         "import resource, sys\n"
-        "from fastvideo.config.recipe import HfSource\n"
+        "from fastvideo.config.source import HfSource\n"
         "from fastvideo.data.listing import list_clips\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "items, footage = list_clips(HfSource(path=sys.argv[1]))\n"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from fastvideo.config.recipe import HfSource
+from fastvideo.config.source import HfSource
 from fastvideo.data.hf.cells import holds_texts, holds_videos, is_video_struct
 from fastvideo.errors import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fastvideo.config.recipe import HfSource
+from fastvideo.config.source import HfSource
 from fastvideo.data.footage import IO_TRIES, Content, Origin
 from fastvideo.data.hf.arrow_table import ArrowTable
 from fastvideo.data.hf.cells import TableRow

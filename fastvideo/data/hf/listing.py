@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvideo.config.recipe import HfSource
+from fastvideo.config.source import HfSource
 from fastvideo.data.footage import Origin, Stamp
 from fastvideo.data.hf.cells import TableRow
 from fastvideo.data.hf.columns import Chosen, Types, choose_columns

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from fastvideo import hashing
-from fastvideo.config.recipe import HfSource
+from fastvideo.config.source import HfSource
 from fastvideo.data.footage import Content, Stamp
 from fastvideo.data.items import UnusableError, clipped, stamp_of_file
 from fastvideo.errors import UserError

@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 
 from yaml import YAMLError
 
-from fastvideo.config.recipe import HfSource
+from fastvideo.config.source import HfSource
 from fastvideo.data.hf.root import LocalRoot, Root
 from fastvideo.data.items import clipped
 from fastvideo.errors import UserError

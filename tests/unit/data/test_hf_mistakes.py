@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from fastvideo import log
-from fastvideo.config.recipe import HfSource
+from fastvideo.config.source import HfSource
 from fastvideo.data.listing import list_clips
 from fastvideo.errors import UserError
 from tests.hf_sets import (

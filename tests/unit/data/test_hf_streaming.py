@@ -10,7 +10,7 @@ from typing import IO, Any
 import httpx2
 import pytest
 
-from fastvideo.config.recipe import HfSource
+from fastvideo.config.source import HfSource
 from fastvideo.data.footage import Origin
 from fastvideo.data.hf import root
 from fastvideo.data.hf.footage import DatasetFootage

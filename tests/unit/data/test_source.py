@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastvideo.config.recipe import MergedSource
+from fastvideo.config.source import MergedSource
 from fastvideo.data.footage import Origin
 from fastvideo.data.items import Item
 from fastvideo.data.source import merged_footage, read_merged
