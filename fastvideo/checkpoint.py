@@ -144,6 +144,16 @@ def begin_average(saved: Saved) -> None:
         averaged.copy_(parameters[name])
 
 
+def part_of(folder: Path, *, average: bool) -> Part:
+    """The average of a complete checkpoint, if it is wanted and there is one, else its weights."""
+    marker = state.read_checkpoint_marker(folder)
+    assert marker is not None
+    if average and not marker.get("average"):
+        logger.warning("%s: was trained without train.ema; its last weights are taken", folder)
+        return "model"
+    return "average" if average else "model"
+
+
 def load_weights(
     folder: Path,
     model: nn.Module,

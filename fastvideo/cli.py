@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 VERBS = {
     "preprocess": "encode raw videos and captions into Parquet shards",
     "train": "finetune on the shards; continues from the newest checkpoint",
-    "export": "turn the newest checkpoint into a model folder for diffusers",
+    "export": "turn the newest checkpoints into a model folder, or LoRA files, for diffusers",
     "generate": "sample videos from the export, a checkpoint or the base model",
     "run": "preprocess, train, export and generate, skipping what is complete",
     "status": "show what is done and what is missing",
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", help="train, export, generate: the same as VERB.dtype=..., e.g. bfloat16"
     )
     parser.add_argument(
-        "--ema", action="store_true", help="export: the average of train.ema, as export.ema=true"
+        "--ema", action="store_true", help="export: as export.ema=true, the average or an error"
     )
     return parser
 
@@ -219,9 +219,13 @@ def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from fastvideo import pipeline, status
     from fastvideo.generate import requests
+    from fastvideo.train.inputs import check_targets
 
     recipe = _load(arguments)
-    requests(recipe)  # wrong prompts must not come up after days of training
+    # Wrong prompts and targets must not come up after days of work.
+    requests(recipe)
+    if (base := Path(recipe.model.path).expanduser()).is_dir():
+        check_targets(recipe, base)
     code = pipeline.run(recipe, force=arguments.force)
     if arguments.json:
         print(json.dumps(status.summary(recipe)))

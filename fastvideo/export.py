@@ -8,6 +8,7 @@ from typing import Any
 from fastvideo import atomic, hashing, model_card, state, trained
 from fastvideo.config.recipe import Recipe
 from fastvideo.config.train import Lora
+from fastvideo.errors import UserError
 from fastvideo.export_folder import copy_config, copy_parts, name_tokenizers, replacing_folder
 from fastvideo.log import logger
 from fastvideo.models.family import find_family
@@ -26,7 +27,7 @@ def export(recipe: Recipe) -> dict[str, Any]:
         ``{"path": folder, "steps": {transformer: step}, "ran": whether anything was to be done}``.
 
     Raises:
-        UserError: There is no complete checkpoint.
+        UserError: There is no complete checkpoint, or none with the average that is asked for.
     """
     run_dir = RunDir(recipe.run_dir)
     base = find_model(recipe.model.path)
@@ -42,9 +43,10 @@ def export(recipe: Recipe) -> dict[str, Any]:
             for folder, checkpoint in checkpoints.items()
         },
         "base": hashing.folder_stamp(base, without=tuple(checkpoints)),
-        "settings": recipe.export.model_dump(mode="json"),
+        "settings": _settings(recipe),
     }
     trainings = {name: _training(recipe, name, path) for name, path in checkpoints.items()}
+    _check_averages(recipe, trainings)
     steps = {name: training.marker["step"] for name, training in trainings.items()}
     result = {"path": str(run_dir.export), "steps": steps}
     busy = f"{run_dir.export}: another process exports there; wait for it"
@@ -57,6 +59,23 @@ def export(recipe: Recipe) -> dict[str, Any]:
         _write(recipe, base=base, checkpoints=checkpoints, card=card, made_from=made_from)
     logger.info("exported %s to %s", _describe(steps), run_dir.export)
     return {**result, "ran": True}
+
+
+def _check_averages(recipe: Recipe, trainings: Mapping[str, model_card.Training]) -> None:
+    for name, training in trainings.items():
+        if recipe.export.ema and not training.marker.get("average"):
+            raise UserError(
+                f"export.ema=True: {name} was trained without train.ema; leave it out to export "
+                "the last weights"
+            )
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What of the recipe decides the files."""
+    settings = {**recipe.export.model_dump(mode="json"), "ema": recipe.averaged}
+    if isinstance(recipe.train.method, Lora):
+        del settings["max_shard_gib"], settings["components"]
+    return settings
 
 
 def _training(recipe: Recipe, transformer: str, checkpoint: Path) -> model_card.Training:
@@ -112,7 +131,7 @@ def _write_model(
 
 
 def _write_transformer(recipe: Recipe, target: Path, *, base: Path, checkpoint: Path) -> None:
-    from fastvideo.checkpoint import verify
+    from fastvideo.checkpoint import part_of, verify
     from fastvideo.export_weights import write_weights
 
     verify(checkpoint)
@@ -124,7 +143,7 @@ def _write_transformer(recipe: Recipe, target: Path, *, base: Path, checkpoint: 
         target,
         like=model.state_dict(),
         checkpoint=checkpoint,
-        part="average" if recipe.export.ema else "model",
+        part=part_of(checkpoint, average=recipe.averaged),
         max_bytes=int(recipe.export.max_shard_gib * 2**30),
     )
     copy_config(base / target.name, target)

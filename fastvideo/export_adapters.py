@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvideo.checkpoint import Part
+from fastvideo.checkpoint import part_of
 from fastvideo.config.recipe import Recipe
 from fastvideo.models.aligned import write_tensors
 from fastvideo.models.lora_file import write_comfyui, write_lora
@@ -24,12 +24,12 @@ def write_adapters(
     Raises:
         UserError: The checkpoint is damaged, or ComfyUI has no name for a projection.
     """
-    part: Part = "average" if recipe.export.ema else "model"
+    part = part_of(checkpoint, average=recipe.averaged)
     found = read_adapter(recipe, base, transformer=transformer, checkpoint=checkpoint, part=part)
     adapter = replace(found.adapter, tensors=_cast(recipe, found.adapter.tensors))
     write_lora(target / LORA_FILES[transformer], adapter)
     if found.others:
-        write_tensors(target / NORM_FILES[transformer], _cast(recipe, found.others))
+        write_tensors(target / NORM_FILES[transformer], found.others)  # float32, as diffusers'
     if recipe.export.comfyui:
         write_comfyui(target / COMFYUI_FILES[transformer], adapter, family=recipe.model.family)
 

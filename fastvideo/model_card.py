@@ -2,7 +2,7 @@
 """README.md of an exported model: what it is, how to load it, and from what it was made."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ class Training:
     """Of the checkpoint."""
     recipe: str
     """YAML, as it was when this training was last started."""
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether norms trained beside adapters."""
+        return bool(self.marker["about"].get("settings", {}).get("norms"))
 
 
 def text(recipe: Recipe, *, base: Path, pipeline: str, trained: Mapping[str, Training]) -> str:
@@ -118,13 +123,13 @@ def _is_lora(recipe: Recipe) -> bool:
 
 
 def _what(recipe: Recipe) -> str:
-    averaged = " (averaged weights)" if recipe.export.ema else ""
+    averaged = " (averaged weights)" if recipe.averaged else ""
     if _is_lora(recipe):
-        return f"A LoRA{averaged} of {recipe.model.path}"
-    return f"{recipe.model.path}, finetuned{averaged}"
+        return f"A LoRA{averaged} of {_base_name(recipe)}"
+    return f"{_base_name(recipe)}, finetuned{averaged}"
 
 
-def _loading(recipe: Recipe, pipeline: str, trained: Collection[str]) -> list[str]:
+def _loading(recipe: Recipe, pipeline: str, trained: Mapping[str, Training]) -> list[str]:
     clip, spec = recipe.clip, recipe.generate
     given: dict[str, Any] = {
         "guidance_scale": spec.guidance_scale,
@@ -148,7 +153,7 @@ def _loading(recipe: Recipe, pipeline: str, trained: Collection[str]) -> list[st
         "import torch",
         f"from diffusers import {pipeline}",
         f"from diffusers.utils import {utilities}",
-        *_norm_imports(recipe),
+        *_norm_imports(trained),
         "",
         f"pipe = {pipeline}.from_pretrained({_folder(recipe)!r}, dtype=torch.bfloat16)",
         *_lora_loading(recipe, trained),
@@ -166,26 +171,32 @@ def _loading(recipe: Recipe, pipeline: str, trained: Collection[str]) -> list[st
 
 
 def _folder(recipe: Recipe) -> str:
-    return recipe.model.path if _is_lora(recipe) else "path/to/this/folder"
+    if not _is_lora(recipe):
+        return "path/to/this/folder"
+    return recipe.model.path if _from_hub(recipe) else f"path/to/{_base_name(recipe)}"
 
 
-def _norm_imports(recipe: Recipe) -> list[str]:
-    method = recipe.train.method
-    has_norms = isinstance(method, Lora) and method.norms
+def _base_name(recipe: Recipe) -> str:
+    """The id of a model on the Hub, or of a folder its last name: where it lay is nobody's."""
+    path = recipe.model.path
+    return path if _from_hub(recipe) else Path(path).name
+
+
+def _norm_imports(trained: Mapping[str, Training]) -> list[str]:
+    has_norms = any(training.has_norms for training in trained.values())
     return ["from safetensors.torch import load_file"] if has_norms else []
 
 
-def _lora_loading(recipe: Recipe, trained: Collection[str]) -> list[str]:
+def _lora_loading(recipe: Recipe, trained: Mapping[str, Training]) -> list[str]:
     """Load the LoRA of each transformer, and the norms that trained beside it."""
-    method = recipe.train.method
-    if not isinstance(method, Lora):
+    if not _is_lora(recipe):
         return []
     lines = []
-    for name in trained:
+    for name, training in trained.items():
         second = ", load_into_transformer_2=True" if name != "transformer" else ""
         file = state.LORA_FILES[name]
         lines.append(f"pipe.load_lora_weights('path/to/this/folder', weight_name={file!r}{second})")
-        if method.norms:
+        if training.has_norms:
             norms = f"load_file('path/to/this/folder/{state.NORM_FILES[name]}')"
             lines.append(f"pipe.{name}.load_state_dict({norms}, strict=False)")
     return lines

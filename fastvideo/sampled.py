@@ -80,9 +80,12 @@ def load(recipe: Recipe, sampled: Sampled) -> "DiffusionPipeline":
     )
     is_lora = isinstance(recipe.train.method, Lora)
     transformers = {} if is_lora else _transformers(recipe, sampled)
-    pipeline = family.load_pipeline(sampled.folder, settings=settings, transformers=transformers)
-    _adapt(pipeline, recipe, sampled)
-    return pipeline
+    return family.load_pipeline(
+        sampled.folder,
+        settings=settings,
+        transformers=transformers,
+        adapt=lambda pipeline: _adapt(pipeline, recipe, sampled),
+    )
 
 
 def _base(recipe: Recipe, base: Path) -> Sampled:
@@ -99,6 +102,7 @@ def _checkpoints(recipe: Recipe, base: Path) -> Sampled:
         "checkpoints": {
             name: hashing.file_sha256(checkpoint_marker(path)) for name, path in found.items()
         },
+        "average": recipe.averaged,
     }
     return Sampled(base, about, found, _loras(recipe))
 
@@ -108,14 +112,16 @@ def _export(recipe: Recipe, base: Path) -> Sampled:
     made_from = atomic.read_json(run_dir.export_marker)
     if made_from is None:
         raise UserError(f"{run_dir.export}: holds no complete export; run export first")
-    if made_from["method"] != recipe.train.method.kind:
+    method = made_from.get("method", "full")  # exports of before there were others
+    if method != recipe.train.method.kind:
         raise UserError(
-            f"{run_dir.export}: was exported with train.method.kind={made_from['method']}, the "
-            f"recipe says {recipe.train.method.kind}; use the recipe it was trained with"
+            f"{run_dir.export}: was exported with train.method.kind={method}, the recipe says "
+            f"{recipe.train.method.kind}; use the recipe it was trained with"
         )
     about = {"path": str(run_dir.export), "made_from": made_from}
     if not isinstance(recipe.train.method, Lora):
         return Sampled(run_dir.export, about, loras=_loras(recipe))
+    trained.newest(recipe, base)  # refuses another base model than theirs
     ours = choose(
         run_dir.export,
         scale=1.0,
@@ -158,7 +164,7 @@ def _about(lora: Chosen) -> dict[str, Any]:
 
 def _transformers(recipe: Recipe, sampled: Sampled) -> dict[str, Any]:
     """Those that were trained whole."""
-    from fastvideo.checkpoint import load_weights, verify
+    from fastvideo.checkpoint import load_weights, part_of, verify
     from fastvideo.models.weights import materialise
 
     family, found = find_family(recipe), {}
@@ -168,7 +174,7 @@ def _transformers(recipe: Recipe, sampled: Sampled) -> dict[str, Any]:
         )
         materialise(model, "cpu")
         verify(checkpoint)
-        load_weights(checkpoint, model)
+        load_weights(checkpoint, model, part=part_of(checkpoint, average=recipe.averaged))
         found[name] = model
     return found
 
@@ -185,10 +191,14 @@ def _adapt(pipeline: "DiffusionPipeline", recipe: Recipe, sampled: Sampled) -> N
     applied = []
     norms = {name: load_file(path) for name, path in sampled.norms.items()}
     if is_lora:
+        from fastvideo.checkpoint import part_of
         from fastvideo.trained_adapters import read_adapter
 
         for name, path in sampled.checkpoints.items():
-            found = read_adapter(recipe, sampled.folder, transformer=name, checkpoint=path)
+            part = part_of(path, average=recipe.averaged)
+            found = read_adapter(
+                recipe, sampled.folder, transformer=name, checkpoint=path, part=part
+            )
             applied.append(Applied(name, found.adapter))
             norms[name] = dict(found.others)
     apply_loras(pipeline, [*applied, *map(read_chosen, sampled.loras)])

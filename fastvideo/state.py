@@ -224,7 +224,7 @@ class RunDir:
 
     @property
     def export(self) -> Path:
-        """The model folder for diffusers."""
+        """The model folder for diffusers, or LoRA files for one."""
         return self.root / "export"
 
     @property

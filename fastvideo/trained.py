@@ -6,9 +6,10 @@ from typing import Any
 
 from fastvideo import hashing, state
 from fastvideo.config.recipe import Recipe
+from fastvideo.config.train import Lora
 from fastvideo.errors import UserError
 from fastvideo.models.family import find_family
-from fastvideo.models.folder import read_config, without_traces
+from fastvideo.models.folder import read_config, weights_sample, without_traces
 from fastvideo.state import RunDir
 
 NAMES = {
@@ -16,14 +17,20 @@ NAMES = {
     "task": "model.task is another",
     "transformer": "the base model has another architecture",
     "interval": "the base model's boundary_ratio is another",
-    "method": "train.method is another",
+    "method": "train.method.kind is another",
+    "base": "the weights of the base model, which adapters belong to, are others",
 }
 """What a checkpoint remembers of the model it was trained from, and how to say that it differs."""
+
+
+OLD = {"method": "full"}
+"""Facts that checkpoints did not hold when there was nothing else."""
 
 
 def model_facts(recipe: Recipe, base: Path, *, transformer: str) -> dict[str, Any]:
     """What training, export and sampling must agree on; plain values."""
     interval = find_family(recipe).interval(base, folder=transformer)
+    is_lora = isinstance(recipe.train.method, Lora)
     return {
         "family": recipe.model.family,
         "task": recipe.model.task,
@@ -31,7 +38,8 @@ def model_facts(recipe: Recipe, base: Path, *, transformer: str) -> dict[str, An
             without_traces(read_config(base, f"{transformer}/config.json"))
         ),
         "interval": [interval.low, interval.high],
-        "method": recipe.train.method.model_dump(mode="json"),
+        "method": recipe.train.method.kind,
+        **({"base": weights_sample(base, transformer)} if is_lora else {}),
     }
 
 
@@ -64,7 +72,7 @@ def _check_facts(recipe: Recipe, base: Path, path: Path, *, transformer: str) ->
     marker = state.read_checkpoint_marker(path)
     assert marker is not None
     for key, value in model_facts(recipe, base, transformer=transformer).items():
-        if marker["about"].get(key) != value:
+        if marker["about"].get(key, OLD.get(key)) != value:
             raise UserError(
                 f"{path}: was trained when this was different: {NAMES[key]}; use the recipe "
                 "and the model.path it was trained with"

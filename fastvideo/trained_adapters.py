@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastvideo import state
 from fastvideo.checkpoint import Part, read_tensors, verify
 from fastvideo.config.recipe import Recipe
 from fastvideo.config.train import Lora
@@ -25,6 +26,13 @@ class TrainedAdapter:
     """Norms, by their names in the model's files; none unless ``train.method.norms``."""
 
 
+def method_of(checkpoint: Path) -> Lora:
+    """How the adapters of a complete checkpoint were made; experts may differ in it."""
+    marker = state.read_checkpoint_marker(checkpoint)
+    assert marker is not None
+    return Lora.model_validate(marker["about"]["settings"])
+
+
 def read_adapter(
     recipe: Recipe, base: Path, *, transformer: str, checkpoint: Path, part: Part = "model"
 ) -> TrainedAdapter:
@@ -40,8 +48,7 @@ def read_adapter(
     Raises:
         UserError: The checkpoint is damaged or lacks tensors.
     """
-    method = recipe.train.method
-    assert isinstance(method, Lora)
+    method = method_of(checkpoint)
     verify(checkpoint)
     model: Any = find_family(recipe).empty_transformer(base, folder=transformer)
     adapters.add_adapters(model, method)

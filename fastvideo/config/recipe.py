@@ -86,11 +86,12 @@ class Export(Spec):
     """Of the trained weights, which training keeps in float32; parts that diffusers keeps in
     float32 stay so."""
     max_shard_gib: PositiveFloat = 5.0
-    """Largest safetensors file; larger weights are split, with an index."""
+    """Largest safetensors file of a whole model; larger weights are split, with an index."""
     components: Literal["link", "copy"] = "link"
-    """How the untouched weights come in: hard links where the file system allows, else copies."""
-    ema: bool = False
-    """Take the average of `train.ema` instead of the last weights."""
+    """How the untouched weights of a whole model come in: hard links where the file system allows,
+    else copies."""
+    ema: bool | None = None
+    """Take the average of `train.ema` instead of the last weights; empty does where it is kept."""
     comfyui: bool = False
     """Write LoRA files for ComfyUI as well; of adapters only."""
 
@@ -173,6 +174,11 @@ class Recipe(Spec):
     def guided(self) -> bool:
         """Whether sampling calls the model for the negative prompt as well."""
         return self.generate.guidance_scale > 1 and not self.architecture.embedded_guidance
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the average is what is exported, and sampled of a checkpoint."""
+        return self.train.ema is not None if self.export.ema is None else self.export.ema
 
     @property
     def transformers(self) -> tuple[str, ...]:

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `train` table of a recipe."""
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from fastvideo.config.spec import Spec
 
@@ -17,6 +25,24 @@ class Full(Spec):
     """What trains."""
 
 
+def _patterns(value: object) -> object:
+    """Say of a wrong value what would be right, which a union of two types cannot."""
+    if isinstance(value, str) and value not in ("attention", "blocks"):
+        raise ValueError(f"{value!r} is no preset; write attention, blocks, or a list of patterns")
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise ValueError("is empty; name projections, or a preset")
+        for pattern in value:
+            try:
+                re.compile(str(pattern))
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+    return value
+
+
+Targets = Annotated[Literal["attention", "blocks"] | tuple[str, ...], BeforeValidator(_patterns)]
+
+
 class Lora(Spec):
     """Train low-rank adapters of projections, the model itself frozen (Hu et al., 2021)."""
 
@@ -28,7 +54,7 @@ class Lora(Spec):
     """An adapter's output is scaled by alpha / rank; empty is the rank: a scale of 1."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapter's inputs that are set to zero, the same for all tokens of a sample."""
-    targets: Literal["attention", "blocks"] | tuple[str, ...] = "blocks"
+    targets: Targets = "blocks"
     """Projections that get an adapter: those of attention, or the feed-forward layers as well; or
     regular expressions, each of which must match whole names of modules as diffusers has them."""
     biases: bool = False

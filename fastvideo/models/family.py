@@ -5,7 +5,7 @@ Axes: F pixel frames, C latent channels, T/Y/X latent frames, rows, columns, L t
 dimension, B batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -132,6 +132,10 @@ class SamplerSettings:
     flow_shift: float | None = None
 
 
+Adapt = Callable[["DiffusionPipeline"], None]
+"""Changes a loaded pipeline in place."""
+
+
 class Family(Protocol):
     """One architecture and task: everything that differs between the models of this suite."""
 
@@ -186,8 +190,12 @@ class Family(Protocol):
         *,
         settings: SamplerSettings,
         transformers: "Mapping[str, ModelMixin]",
+        adapt: "Adapt | None" = None,
     ) -> "DiffusionPipeline":
-        """Load the diffusers pipeline of the task, ``transformers`` instead of the folder's."""
+        """Load the diffusers pipeline of the task, ``transformers`` instead of the folder's.
+
+        ``adapt`` changes it on the host, before it goes to its device or is offloaded.
+        """
 
     def load_decoder(self, path: Path, *, settings: SamplerSettings) -> "DiffusionPipeline":
         """Load that pipeline with VAE and scheduler only; see ``fastvideo.models.denoiser``."""

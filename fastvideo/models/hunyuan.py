@@ -13,6 +13,7 @@ from fastvideo.config.recipe import Model
 from fastvideo.errors import UserError
 from fastvideo.models.detect import check
 from fastvideo.models.family import (
+    Adapt,
     Batch,
     Encoders,
     EncoderSettings,
@@ -166,6 +167,7 @@ class HunyuanVideo:
         *,
         settings: SamplerSettings,
         transformers: Mapping[str, "ModelMixin"],
+        adapt: Adapt | None = None,
     ) -> "DiffusionPipeline":
         """Load the pipeline; the VAE computes in float32."""
         from fastvideo.models.hunyuan_encoders import text_parts
@@ -180,7 +182,7 @@ class HunyuanVideo:
             parts["transformer"] = self.load_transformer(
                 path, folder="transformer", dtype=settings.dtype
             )
-        return assemble(self.pipeline, path, parts, settings=settings)
+        return assemble(self.pipeline, path, parts, settings=settings, adapt=adapt)
 
     def load_decoder(self, path: Path, *, settings: SamplerSettings) -> "DiffusionPipeline":
         """The VAE computes in float32."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvideo.errors import UserError
-from fastvideo.models.family import SamplerSettings
+from fastvideo.models.family import Adapt, SamplerSettings
 from fastvideo.models.folder import loading, read_config
 
 if TYPE_CHECKING:
@@ -96,9 +96,17 @@ def assemble_without_encoders(
 
 
 def assemble(
-    name: str, path: Path, parts: Mapping[str, Any], *, settings: SamplerSettings
+    name: str,
+    path: Path,
+    parts: Mapping[str, Any],
+    *,
+    settings: SamplerSettings,
+    adapt: Adapt | None = None,
 ) -> "DiffusionPipeline":
-    """Make the pipeline ``name`` of diffusers from loaded parts and the folder's scheduler."""
+    """Make the pipeline ``name`` of diffusers from loaded parts and the folder's scheduler.
+
+    ``adapt`` comes before offloading: hooks of that leave nothing in place that could be changed.
+    """
     import diffusers
     import torch
 
@@ -106,6 +114,8 @@ def assemble(
         pipeline: DiffusionPipeline = getattr(diffusers, name).from_pretrained(
             path, **parts, dtype=getattr(torch, settings.dtype), local_files_only=True
         )
+    if adapt is not None:
+        adapt(pipeline)
     return _set_up(pipeline, settings)
 
 

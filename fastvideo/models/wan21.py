@@ -13,6 +13,7 @@ from fastvideo.config.recipe import Model
 from fastvideo.errors import UserError
 from fastvideo.models.detect import check
 from fastvideo.models.family import (
+    Adapt,
     Batch,
     Encoders,
     EncoderSettings,
@@ -158,6 +159,7 @@ class Wan21:
         *,
         settings: SamplerSettings,
         transformers: Mapping[str, "ModelMixin"],
+        adapt: Adapt | None = None,
     ) -> "DiffusionPipeline":
         """Load the pipeline; VAE and CLIP compute in float32, as Wan's own code does."""
         from fastvideo.models.wan_encoders import image_parts, text_parts
@@ -172,7 +174,7 @@ class Wan21:
         for folder in self._facts.transformers:
             if folder not in parts:
                 parts[folder] = self.load_transformer(path, folder=folder, dtype=settings.dtype)
-        return assemble(self.pipeline, path, parts, settings=settings)
+        return assemble(self.pipeline, path, parts, settings=settings, adapt=adapt)
 
     def load_decoder(self, path: Path, *, settings: SamplerSettings) -> "DiffusionPipeline":
         """The VAE encodes first images, too."""

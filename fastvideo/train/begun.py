@@ -9,7 +9,7 @@ from fastvideo import state
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.state import RunDir, TrainDir
-from fastvideo.trained import NAMES
+from fastvideo.trained import NAMES, OLD
 
 MAY_CHANGE = (
     "run_dir",
@@ -43,7 +43,8 @@ MAY_CHANGE = (
     "train.loader_workers",
 )
 """What a resumed run may say differently: lengths, cadences, layout, places, other verbs. What
-`source` and `model.path` stand for is compared by content: clips, architecture, shift."""
+`source` and `model.path` stand for is compared by content: clips, architecture, shift, and the
+frozen weights that adapters belong to."""
 
 
 def check_begun(recipe: Recipe, directory: TrainDir, about: dict[str, Any]) -> None:
@@ -104,9 +105,10 @@ def _check_same(begun: Path, about: dict[str, Any]) -> None:
         **NAMES,
         "clips": "the shards hold other clips, or other ones are held out",
         "shift": "the base model's flow_shift is another",
+        "settings": "train.method has other settings",
     }
     for key, value in about.items():
-        if marker["about"].get(key) != value:
+        if marker["about"].get(key, OLD.get(key, value if key == "settings" else None)) != value:
             raise UserError(
                 f"{begun}: was trained when this was different: {names[key]}. Choose another "
                 "run_dir for a new run, or go on from here with --force (and more train.steps)"

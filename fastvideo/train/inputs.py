@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether shards, model and recipe go together, before torch is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fastvideo.cost.transformer import layers
 from fastvideo.data.prompts import check_encoded
 from fastvideo.errors import UserError
 from fastvideo.models.family import find_family
-from fastvideo.models.folder import content_hash, files_of, find_model
+from fastvideo.models.folder import content_hash, files_of, find_model, read_config
 from fastvideo.state import ShardStore
 from fastvideo.trained import model_facts, newest_of
 
@@ -34,6 +34,7 @@ def facts(recipe: Recipe, store: ShardStore, plan: dict[str, Any]) -> dict[str, 
     shared = {
         "clips": state.data_fingerprint(store, plan),
         "shift": recipe.train.timesteps.shift or family.flow_shift(path),
+        "settings": recipe.train.method.model_dump(mode="json"),
     }
     return {
         name: {**model_facts(recipe, path, transformer=name), **shared}
@@ -50,15 +51,18 @@ def check_samples(recipe: Recipe, store: ShardStore, plan: dict[str, Any] | None
     base = find_model(recipe.model.path)
     files_of(base, "vae", "scheduler")
     for transformer in recipe.architecture.transformers:
-        newest_of(recipe, base, transformer=transformer)
+        if transformer not in recipe.transformers:
+            newest_of(recipe, base, transformer=transformer)
 
 
-def check_targets(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Every pattern for adapters must match a projection of this model."""
+def check_targets(recipe: Recipe, path: Path) -> None:
+    """Every pattern for adapters must match a projection of the model at ``path``."""
     method = recipe.train.method
     if isinstance(method, Lora):
-        found = layers(config, recipe.model.family, Tokens(video=1, text=1))
-        targets(method, projections(found))
+        for transformer in recipe.transformers:
+            config = read_config(path, f"{transformer}/config.json")
+            found = layers(config, recipe.model.family, Tokens(video=1, text=1))
+            targets(method, projections(found))
 
 
 def _check_shards(

@@ -127,8 +127,9 @@ def _check_machine(recipe: Recipe, transformer: str, nodes: Nodes) -> None:
     offload = recipe.parallel.cpu_offload
     check_optimizer(recipe.train.optimizer, device=recipe.train.device, offload=offload)
     check_trackers(recipe.train)
-    config = read_config(find_model(recipe.model.path), f"{transformer}/config.json")
-    inputs.check_targets(recipe, config)
+    path = find_model(recipe.model.path)
+    inputs.check_targets(recipe, path)
+    config = read_config(path, f"{transformer}/config.json")
     processes = _processes(recipe) * nodes.count
     if found := layout.problems(recipe, config, processes=processes):
         raise UserError("\n".join(found))

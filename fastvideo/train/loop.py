@@ -323,7 +323,7 @@ class Loop:
     def _sample(self, step: int) -> bool:
         """Sample the videos that are due; False if a stop was asked for before it was finished.
 
-        A checkpoint of this step comes first: what is missing of its videos can be made from it.
+        A checkpoint that is due comes first: what is missing of the videos can be made from it.
         """
         sampler, metrics = self._job.sampler, self._metrics
         if sampler is None:
@@ -355,6 +355,7 @@ class Loop:
             "losses": tuple(self._window.losses),
             "measured": measured,
             "watch": self._watch.state(),
+            "average": bool(job.saved.average),
             "processes": job.team.process.count,
         }
         self._beat(step, "save")

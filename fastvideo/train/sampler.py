@@ -7,6 +7,7 @@ samples are dealt out to; where weights are sharded, every denoising step needs 
 Axes: F pixel frames, H, W pixels.
 """
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -130,7 +131,8 @@ class Sampler:
         if made and self._team.leads:
             names = [video.path.name for video in todo.videos]
             marker = self._directory.sampled_marker(step)
-            atomic.write_json(marker, {"step": step, "videos": names}, point="samples.marker")
+            with _writing(marker):
+                atomic.write_json(marker, {"step": step, "videos": names}, point="samples.marker")
             logger.info("step %d: %d videos in %s", step, len(names), marker.parent)
         return made
 
@@ -282,11 +284,17 @@ def rounds(videos: Sequence[Video], *, groups: int) -> Iterator[list[Video]]:
 
 
 def _write(video: Video, frames_FHWC: Pixels) -> None:
-    try:
+    with _writing(video.path):
         write_made(video.path, frames_FHWC, video.about)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise Failed(
-            f"{video.path}: cannot be written ({error.strerror}); checkpoints are intact. Free "
+            f"{path}: cannot be written ({error.strerror}); checkpoints are intact. Free "
             "some space, or remove train.samples, and run the same command again"
         ) from error
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastvideo import checkpoint
 from fastvideo.config.recipe import Recipe
+from fastvideo.config.train import Lora
 from fastvideo.cost import flops, layout
 from fastvideo.data.loader import Samples
 from fastvideo.data.shard import read_empty_prompt
@@ -39,6 +40,7 @@ from fastvideo.train.parallel import Runner, Team
 from fastvideo.train.process import Process
 from fastvideo.train.sampler import Sampler, forget_after
 from fastvideo.train.throughput import Work
+from fastvideo.trained_adapters import method_of
 
 
 def train(
@@ -134,20 +136,29 @@ def _sampler(
 ) -> Sampler | None:
     if recipe.train.samples is None:
         return None
-    method = build_method(recipe.train)
-    part: checkpoint.Part = "average" if recipe.train.ema else "model"
 
     def load(other: str, newest: Path | None) -> nn.Module:
-        model = empty_model(recipe, path, transformer=other, team=team)
+        made = _as_trained(recipe, newest)
+        model = empty_model(made, path, transformer=other, team=team)
         files = functools.cache(lambda: WeightFiles(path, folder=other))
+        method = build_method(made.train)
         method.load_frozen(model, files)
         if newest is None:
             method.begin(model, files)
         else:
+            part = checkpoint.part_of(newest, average=recipe.train.ema is not None)
             checkpoint.load_weights(newest, model, part=part, group=team.control)
         return model.requires_grad_(False).eval()
 
     return Sampler(recipe, path, team=team, transformer=transformer, saved=saved, load=load)
+
+
+def _as_trained(recipe: Recipe, newest: Path | None) -> Recipe:
+    """The recipe with the adapters of a checkpoint, which another expert's may differ from."""
+    if newest is None or not isinstance(recipe.train.method, Lora):
+        return recipe
+    train = recipe.train.model_copy(update={"method": method_of(newest)})
+    return recipe.model_copy(update={"train": train})
 
 
 def empty_state(recipe: Recipe, path: Path, *, transformer: str, team: Team) -> checkpoint.Saved:

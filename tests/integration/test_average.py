@@ -2,6 +2,7 @@
 """The average of what trains: what it is, that it goes on after a restart, and who uses it."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvideo.config.train import Ema
+from fastvideo.errors import UserError
 from fastvideo.export import export
+from fastvideo.generate import generate
 from fastvideo.preprocess import preprocess
 from fastvideo.state import RunDir
 from fastvideo.train.average import decay_at
@@ -106,13 +109,46 @@ def test_an_export_may_carry_it(world: World, run_dir: Path, tmp_path: Path) -> 
     options = (EMA, "train.global_batch_size=4", *EVERY)
     done = fastvideo("export", world, f"run_dir={run_dir}", *options, "--ema", "--json")
     assert json.loads(done.out)["ran"], done.err
+    assert not export(world.load(f"run_dir={run_dir}", *options))["ran"], "it is the default"
     (file,) = (RunDir(run_dir).export / "transformer").glob("*.safetensors")
     assert same(load_file(file), average(run_dir, 4))
     assert not same(load_file(file), weights(run_dir, 4))
     assert "averaged weights" in (RunDir(run_dir).export / "README.md").read_text()
-    last = world.load(f"run_dir={run_dir}", *options)
+    last = world.load(f"run_dir={run_dir}", *options, "export.ema=false")
     assert export(last)["ran"], "another choice is another export"
     assert same(load_file(file), weights(run_dir, 4))
+
+
+def test_checkpoints_are_sampled_as_they_are_exported(
+    world: World, run_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    videos = {}
+    for ema in ("true", "false"):
+        options = (f"run_dir={tmp_path}/run", EMA, *EVERY, f"export.ema={ema}")
+        recipe = world.load("train.global_batch_size=4", *options)
+        assert export(recipe)["ran"]
+        for kind in ("export", "checkpoint"):
+            asked = world.load("train.global_batch_size=4", *options, f"generate.weights={kind}")
+            made = generate(asked)
+            assert made["made"] == 2
+            videos[ema, kind] = Path(made["videos"][0]).read_bytes()
+    assert videos["true", "export"] == videos["true", "checkpoint"]
+    assert videos["false", "export"] == videos["false", "checkpoint"]
+    assert videos["true", "export"] != videos["false", "export"]
+
+
+def test_an_average_that_a_checkpoint_lacks_is_refused_or_done_without(
+    world: World, tmp_path: Path
+) -> None:
+    """As of an expert that was trained before the recipe asked for one."""
+    run = (f"run_dir={tmp_path}", "train.global_batch_size=4", "train.steps=1")
+    assert in_fork(lambda: train(world.load(*run))) == 0
+    with pytest.raises(UserError, match=r"export\.ema=True: transformer was trained without"):
+        export(world.load(*run, EMA, "export.ema=true"))
+    assert export(world.load(*run, EMA))["ran"]
+    (file,) = (RunDir(tmp_path).export / "transformer").glob("*.safetensors")
+    assert same(load_file(file), weights(tmp_path, 1))
 
 
 def test_an_average_asked_for_later_begins_with_the_weights(world: World, tmp_path: Path) -> None:

@@ -78,7 +78,6 @@ ADAPTERS = (
     "train.method={kind: lora, rank: 3, alpha: 6, norms: true}",
     "train.optimizer.lr=1e-2",
     "train.ema={decay: 0.5}",
-    "export.ema=true",
 )
 
 

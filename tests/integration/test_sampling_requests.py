@@ -12,11 +12,13 @@ import yaml
 
 from fastvideo import generate as sampling
 from fastvideo import sampled
+from fastvideo.errors import UserError
 from fastvideo.export import export
 from fastvideo.generate import generate
 from fastvideo.models.family import SamplerSettings, find_family
 from fastvideo.models.tiny import write_tiny
 from fastvideo.preprocess import preprocess
+from fastvideo.state import RunDir
 from fastvideo.train.launcher import train
 from tests.tiny_world import PAIRS, Pair, World, in_fork, make_world
 
@@ -133,3 +135,11 @@ def test_an_export_has_the_licence_of_its_base_and_no_local_folder_as_base_model
     assert {name: card.get(name) for name in LICENCE} == LICENCE
     assert "base_model" not in card
     assert "another" not in card["tags"]
+
+
+def test_an_export_of_another_method_is_refused(world: World) -> None:
+    marker = RunDir(world.run_dir).export_marker
+    marker.parent.mkdir(parents=True)
+    marker.write_text(json.dumps({"method": "lora"}))
+    with pytest.raises(UserError, match=r"was exported with train\.method\.kind=lora.*says full"):
+        generate(world.load())

@@ -39,17 +39,10 @@ def test_patterns_match_whole_names_and_the_order_is_the_models() -> None:
     assert chosen(r"blocks\.0\.attn1\.to_q", r".*to_q") == [NAMES[2], NAMES[6]]
 
 
-@pytest.mark.parametrize(
-    ("patterns", "message"),
-    [
-        (("to_q",), "'to_q' matches no projection .* like blocks.0.attn1.to_q"),
-        (("proj_out", "nothing"), "'nothing' matches no projection"),
-        (("blocks[",), r"'blocks\[' is no regular expression"),
-        ((), "is empty"),
-    ],
-)
-def test_a_pattern_that_matches_nothing_is_refused(patterns: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UserError, match=rf"train\.method\.targets: .*{message}"):
+@pytest.mark.parametrize("patterns", [("to_q",), ("proj_out", "nothing")])
+def test_a_pattern_that_matches_nothing_is_refused(patterns: tuple[str, ...]) -> None:
+    message = f"{patterns[-1]!r} matches no projection .* like blocks.0.attn1.to_q"
+    with pytest.raises(UserError, match=rf"train\.method\.targets: {message}"):
         chosen(*patterns)
 
 

@@ -37,6 +37,15 @@ MISTAKES = [
     ("train.samples={}", ["train.samples", "validation.prompts", "run preprocess"]),
     ("train.method={kind: lora, rank: 0}", ["train.method.rank", "0", "greater than 0"]),
     ("train.method={kind: lora, dropout: 1}", ["train.method.dropout", "less than 1"]),
+    (
+        "train.method={kind: lora, targets: to_q}",
+        ["train.method.targets", "'to_q' is no preset; write attention, blocks, or a list"],
+    ),
+    ("train.method={kind: lora, targets: []}", ["train.method.targets", "is empty"]),
+    (
+        "train.method={kind: lora, targets: ['blocks[']}",
+        ["train.method.targets", "'blocks[' is no regular expression"],
+    ),
     ("train.ema={decay: 1}", ["train.ema.decay", "less than 1"]),
     ("export.ema=true", ["export.ema", "set train.ema"]),
     ("export.comfyui=true", ["export.comfyui", "is for adapters", "remove the key"]),
