@@ -29,15 +29,18 @@ def _patterns(value: object) -> object:
     """Say of a wrong value what would be right, which a union of two types cannot."""
     if isinstance(value, str) and value not in ("attention", "blocks"):
         raise ValueError(f"{value!r} is no preset; write attention, blocks, or a list of patterns")
-    if isinstance(value, (list, tuple)):
-        if not value:
-            raise ValueError("is empty; name projections, or a preset")
-        for pattern in value:
-            try:
-                re.compile(str(pattern))
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
-    return value
+    if not isinstance(value, (list, tuple)):
+        return value
+    if not value:
+        raise ValueError("is empty; name projections, or a preset")
+    for pattern in value:
+        if not isinstance(pattern, str):
+            raise ValueError(f"{pattern!r} is no text; write a list of patterns")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+    return tuple(value)
 
 
 Targets = Annotated[Literal["attention", "blocks"] | tuple[str, ...], BeforeValidator(_patterns)]

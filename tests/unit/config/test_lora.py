@@ -2,10 +2,12 @@
 """Which projections get an adapter."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from fastvideo.config.lora import targets
+from fastvideo.config.recipe import Recipe
 from fastvideo.config.train import Lora
 from fastvideo.errors import UserError
 
@@ -49,3 +51,15 @@ def test_a_pattern_that_matches_nothing_is_refused(patterns: tuple[str, ...]) ->
 def test_a_preset_that_matches_nothing_is_refused() -> None:
     with pytest.raises(UserError, match=re.escape("'attention' matches no projection")):
         targets(Lora(targets="attention"), ["patch_embedding", "proj_out"])
+
+
+def test_a_recipe_lists_patterns(tmp_path: Path) -> None:
+    recipe = Recipe.load(
+        Path(__file__).parents[3] / "configs/recipes/tiny_wan2.1_t2v_lora.yaml",
+        [r"train.method.targets=['blocks\.\d+\.ffn.*', proj_out]"],
+    )
+    assert isinstance(recipe.train.method, Lora)
+    assert recipe.train.method.targets == (r"blocks\.\d+\.ffn.*", "proj_out")
+    written = tmp_path / "recipe.yaml"
+    written.write_text(recipe.dump())
+    assert Recipe.load(written) == recipe
