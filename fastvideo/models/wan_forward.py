@@ -209,6 +209,8 @@ def _spread(modulation_BGMD: Tensor, part: Part) -> tuple[Tensor, ...]:
 
 def modulate(x_BSD: Tensor, *, scale_BGD: Tensor, shift_BGD: Tensor) -> Tensor:
     """Scale and shift each run of tokens by its own vectors."""
+    if scale_BGD.shape[1] == 1:
+        return x_BSD * (1 + scale_BGD) + shift_BGD
     runs: Tensor = x_BSD.unflatten(1, (scale_BGD.shape[1], -1))
     return (runs * (1 + scale_BGD.unsqueeze(2)) + shift_BGD.unsqueeze(2)).flatten(1, 2)
 
@@ -261,6 +263,8 @@ def leave(
 
 
 def _per_run(x_BSD: Tensor, gate_BGD: Tensor) -> Tensor:
+    if gate_BGD.shape[1] == 1:
+        return x_BSD * gate_BGD
     runs: Tensor = x_BSD.unflatten(1, (gate_BGD.shape[1], -1))
     return (runs * gate_BGD.unsqueeze(2)).flatten(1, 2)
 
