@@ -7,15 +7,16 @@ from collections.abc import Collection
 from fastvideo.config.train import Lora
 from fastvideo.errors import UserError
 
-_BLOCK = r"(?:blocks|transformer_blocks|single_transformer_blocks)\.\d+\."
+BLOCK = r"(?:blocks|transformer_blocks|single_transformer_blocks)\.\d+\."
+"""How the names of what lies in the repeated blocks begin."""
 _ATTENTION = (
     r"(?:attn|attn1|attn2)\."
     r"(?:to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 )
 _FEED_FORWARD = r"(?:ffn|ff|ff_context)\.net\.(?:0\.proj|2)|proj_mlp|proj_out"
 PRESETS = {
-    "attention": (f"{_BLOCK}{_ATTENTION}",),
-    "blocks": (f"{_BLOCK}(?:{_ATTENTION}|{_FEED_FORWARD})",),
+    "attention": (f"{BLOCK}{_ATTENTION}",),
+    "blocks": (f"{BLOCK}(?:{_ATTENTION}|{_FEED_FORWARD})",),
 }
 """Patterns of whole names by preset, for Wan and HunyuanVideo as diffusers names their modules."""
 

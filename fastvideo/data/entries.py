@@ -24,15 +24,20 @@ def parse_entries(data: bytes, *, file: str, example: str, one: bool = False) ->
     """
     if data.startswith(b"\xef\xbb\xbf"):
         raise UserError(f"{file}: line 1: starts with a byte order mark; save as plain UTF-8")
+    text = decoded(data, file=file)
+    return list(_parse(text, file=file, example=example, one=one))
+
+
+def decoded(data: bytes, *, file: str, encoding: str = "utf-8") -> str:
+    """The text of a file in a form of UTF-8; a ``UserError`` names the line that is not."""
     try:
-        text = data.decode("utf-8")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         byte = data[error.start]
         raise UserError(
             f"{file}: line {line}: byte {byte:#x} is not UTF-8; save as UTF-8"
         ) from None
-    return list(_parse(text, file=file, example=example, one=one))
 
 
 def _parse(text: str, *, file: str, example: str, one: bool) -> Iterator[Any]:

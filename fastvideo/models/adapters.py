@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fastvideo import hashing
-from fastvideo.config.lora import targets
+from fastvideo.config.lora import BLOCK, targets
 from fastvideo.config.train import Lora
 from fastvideo.models.weights import local_rows
 
@@ -23,7 +23,6 @@ ADAPTER = "default"
 """peft's name of the adapter that trains."""
 _BASE = ".base_layer."
 _OURS = re.compile(rf"(.+\.lora_[AB])\.{ADAPTER}\.(weight|bias)")
-_IN_BLOCK = re.compile(r"(?:blocks|transformer_blocks|single_transformer_blocks)\.\d+\..+")
 _CASTED = (nn.Linear, nn.Conv3d, nn.Conv2d)
 
 
@@ -153,5 +152,5 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
 def _norms(model: nn.Module) -> Iterable[nn.Parameter]:
     """Weights and biases of the norms in blocks."""
     for name, module in model.named_modules():
-        if _IN_BLOCK.fullmatch(name) and "Norm" in type(module).__name__:
+        if re.match(BLOCK, name) and "Norm" in type(module).__name__:
             yield from module.parameters(recurse=False)

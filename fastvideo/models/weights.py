@@ -180,6 +180,11 @@ def load_weights(model: nn.Module, files: WeightFiles, *, names: Names = same_na
         _load_tensor(wanted[name], name, files)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """The part of a tensor that this process keeps, and the row of the whole it begins with.
 

@@ -17,6 +17,8 @@ from torchao import optim
 from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from fastvideo.models.weights import local_part
+
 BLOCK = 256
 """Numbers that share a scale (Dettmers et al., 2022)."""
 LEAST = 4096
@@ -61,16 +63,16 @@ class AdamW8bit(optim.AdamW8bit):  # type: ignore[misc]
             state["exp_avg"] = self._new_buffer(parameter, True)
             state["exp_avg_sq"] = self._new_buffer(parameter, False)
         state["step"] += 1
-        ours = _part(parameter.detach())
+        ours = local_part(parameter.detach())
         if ours.numel() == 0:
             return
         assert parameter.grad is not None
         _compiled_step(  # type: ignore[no-untyped-call]
             ours,
-            _part(parameter.grad),
+            local_part(parameter.grad),
             state["step"],
-            _part(state["exp_avg"]),
-            _part(state["exp_avg_sq"]),
+            local_part(state["exp_avg"]),
+            local_part(state["exp_avg_sq"]),
             None,
             torch.tensor(float(group["lr"])),
             *group["betas"],
@@ -81,7 +83,7 @@ class AdamW8bit(optim.AdamW8bit):  # type: ignore[misc]
         )
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-        part = _part(p.detach())
+        part = local_part(p.detach())
         whole_blocks = p.ndim >= 2 and math.prod(p.shape[1:]) % BLOCK == 0
         if not whole_blocks or p.numel() < LEAST or part.numel() == 0:
             return torch.zeros_like(p)
@@ -96,11 +98,6 @@ class AdamW8bit(optim.AdamW8bit):  # type: ignore[misc]
                 stride=p.stride(),
             )
         return out.to(p.device)  # with offload that of a part is not that of its mesh
-
-
-def _part(tensor: Tensor) -> Tensor:
-    """What this process holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @OptimState8bit.implements([torch.ops.aten.clone.default, torch.ops.aten._to_copy.default])  # type: ignore[untyped-decorator]

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from fastvideo.checkpoint import Saved
 from fastvideo.config.train import Ema
+from fastvideo.models.weights import local_part
 
 
 def empty_average(model: nn.Module) -> dict[str, Tensor]:
@@ -23,8 +23,8 @@ def update(saved: Saved, spec: Ema, *, step: int) -> None:
     """Move the average towards the weights after ``step``, counted from 1."""
     parameters = _trained(saved.model)
     torch._foreach_lerp_(
-        [_part(saved.average[name]) for name in parameters],
-        [_part(parameter) for parameter in parameters.values()],
+        [local_part(saved.average[name]) for name in parameters],
+        [local_part(parameter) for parameter in parameters.values()],
         1 - decay_at(spec, step=step),
     )
 
@@ -55,7 +55,7 @@ def _exchange(saved: Saved) -> None:
         if isinstance(module, FSDPModule):  # what is gathered stays so after a last forward pass
             module.reshard()
     for name, parameter in _trained(saved.model).items():
-        ours, other = _part(parameter), _part(saved.average[name])
+        ours, other = local_part(parameter), local_part(saved.average[name])
         kept = ours.clone()
         ours.copy_(other)
         other.copy_(kept)
@@ -63,8 +63,3 @@ def _exchange(saved: Saved) -> None:
 
 def _trained(model: nn.Module) -> Mapping[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _part(tensor: Tensor) -> Tensor:
-    """What this process holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

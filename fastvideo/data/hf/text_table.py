@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastvideo.data.entries import parse_entries
+from fastvideo.data.entries import decoded, parse_entries
 from fastvideo.data.hf.cells import TableRow, VideoCell
 from fastvideo.data.hf.root import Root
 from fastvideo.errors import UserError
@@ -51,14 +51,7 @@ class TextTable:
 
 
 def _csv_rows(data: bytes, *, name: str, delimiter: str) -> Iterator[dict[Any, Any]]:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        byte = data[error.start]
-        raise UserError(
-            f"{name}: line {line}: byte {byte:#x} is not UTF-8; save as UTF-8"
-        ) from None
+    text = decoded(data, file=name, encoding="utf-8-sig")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = reader.fieldnames or ()
