@@ -1,6 +1,346 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Will build the C++ and CUDA extension of csrc/; pyproject.toml holds everything else."""
+"""Builds csrc/ into fastvideo/_C.so, one library with CPU and CUDA kernels for any Python and torch.
 
-from setuptools import setup
+FASTVIDEO_BUILD        auto (CUDA kernels where nvcc is found), cpu, cuda (nvcc is a must), none
+TORCH_CUDA_ARCH_LIST   default 8.0+PTX;9.0a;10.0a
+MAX_JOBS               compilers at a time, default one per core
 
-setup()
+The library uses LibTorch's stable ABI only, so torch is not imported here: its headers and libraries
+are found and that is all. Nothing asks for a GPU. ``python setup.py build_emulator`` makes the
+library of the tests, in which g++ compiles the CUDA sources against csrc/emulator.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Command, Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+MODES = ("auto", "cpu", "cuda", "none")
+# sm_80 code runs on every 8.x; its PTX is compiled by the driver for what comes after 10.x.
+DEFAULT_ARCHS = "8.0+PTX;9.0a;10.0a"
+OLDEST_TORCH = (2, 11)
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
+
+WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type", "-Wno-unknown-pragmas"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS, "-Wno-psabi"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"]
+# Chosen when the program runs (csrc/cpu/isa.cpp), so never -march=native.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+X86_ISAS = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+ISAS = X86_ISAS if platform.machine() == "x86_64" else {"generic": []}
+
+
+def fail(reason: str) -> None:
+    """End the build with one message."""
+    sys.exit(f"fastvideo: {reason}")
+
+
+def build_mode() -> str:
+    """Return what FASTVIDEO_BUILD asks for."""
+    mode = os.environ.get("FASTVIDEO_BUILD", "auto")
+    if mode not in MODES:
+        fail(f"FASTVIDEO_BUILD={mode}: use {', '.join(MODES)}")
+    return mode
+
+
+def find_torch() -> Path:
+    """Return the folder of torch: of this environment, or of the one pip builds for."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec and spec.origin else []
+    # pip hides the environment's packages from an isolated build, yet we want its torch.
+    folders += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
+    for folder in folders:
+        if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+            check_torch(folder)
+            return folder
+    fail(
+        "torch is needed to build the kernels, and there is none in this environment: install torch "
+        f"{version_text(OLDEST_TORCH)} or newer first (pip install torch), or set "
+        "FASTVIDEO_BUILD=none for a host that only submits jobs and needs no kernels"
+    )
+    raise AssertionError
+
+
+def check_torch(folder: Path) -> None:
+    """Refuse a torch older than the stable ABI we use."""
+    version = torch_version(folder)
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if not found or (int(found[1]), int(found[2])) < OLDEST_TORCH:
+        fail(
+            f"torch {version} in {folder} is too old: the kernels need "
+            f"{version_text(OLDEST_TORCH)} or newer"
+        )
+
+
+def torch_version(folder: Path) -> str:
+    """Read the version of torch in ``folder`` without importing it."""
+    text = (folder / "version.py").read_text()
+    found = re.search(r"__version__ = '([^']+)'", text)
+    return found[1] if found else "unknown"
+
+
+def version_text(version: tuple[int, int]) -> str:
+    """(2, 11) as 2.11."""
+    return ".".join(map(str, version))
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit and what to build with it."""
+
+    nvcc: Path
+    version: str
+    archs: list[str]
+
+    @property
+    def libraries(self) -> Path:
+        """The folder of libcudart_static.a."""
+        # nvcc may be a script that calls the real one, which alone knows where it lives.
+        told = subprocess.run([self.nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
+        top = re.search(r"TOP=(\S+)", told.stderr)
+        home = Path(top[1]) if top else self.nvcc.resolve().parent.parent
+        for folder in (home / "lib64", home / "targets" / "x86_64-linux" / "lib", home / "lib"):
+            if (folder / "libcudart_static.a").is_file():
+                return folder
+        fail(f"no libcudart_static.a beside {self.nvcc}")
+        raise AssertionError
+
+    def gencode(self, *, only: str = "") -> list[str]:
+        """The flags for the architectures, or for the one called ``only`` if it is among them."""
+        flags = []
+        for arch in self.archs:
+            number = arch.removesuffix("+PTX").replace(".", "")
+            if only and number != only:
+                continue
+            flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+            if arch.endswith("+PTX"):
+                flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+        return flags
+
+
+def find_cuda(mode: str) -> tuple[Cuda | None, str]:
+    """Return the toolkit to build with, or None and why not."""
+    if mode == "cpu":
+        return None, "FASTVIDEO_BUILD=cpu"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
+    if nvcc is None:
+        reason = "nvcc was not found in CUDA_HOME or PATH"
+        if mode == "cuda":
+            fail(f"FASTVIDEO_BUILD=cuda, but {reason}")
+        return None, reason
+    told = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    release = re.search(r"release ([\d.]+)", told)
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+    split = [arch for arch in re.split(r"[ ;,]+", archs) if arch]
+    for arch in split:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            fail(f"TORCH_CUDA_ARCH_LIST={archs}: {arch!r} is not like 8.0, 9.0a or 8.0+PTX")
+        if float(re.match(r"\d+\.\d", arch)[0]) < 8:
+            fail(f"TORCH_CUDA_ARCH_LIST={archs}: {arch} is older than 8.0, the oldest we support")
+    return Cuda(Path(nvcc), release[1] if release else "unknown", split), ""
+
+
+@dataclass
+class Library:
+    """Objects to compile, each only if it changed, and the library they become."""
+
+    path: Path
+    folder: Path
+    commands: list[list[str]] = field(default_factory=list)
+
+    def compile(self, compiler: list[str], source: Path, *, name: str) -> None:
+        """Add one object."""
+        target = self.folder / f"{name}.o"
+        self.commands.append([*compiler, "-c", str(source), "-o", str(target)])
+
+    def build(self, link: list[str]) -> None:
+        """Run what is not up to date, and link."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        headers = digest(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
+        with ThreadPoolExecutor(jobs) as pool:
+            changed = list(pool.map(lambda command: run_once(command, headers), self.commands))
+        if not any(changed) and self.path.is_file():
+            return
+        new = self.path.with_suffix(".new")
+        objects = [command[-1] for command in self.commands]
+        run(["g++", "-shared", *objects, "-o", str(new), *link])
+        new.replace(self.path)  # a process that has the old one open keeps it
+
+
+def digest(paths: object) -> str:
+    """Return a hash of the contents of files."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def run_once(command: list[str], headers: str) -> bool:
+    """Run a compiler unless command, source and headers are those of the last time."""
+    source, target = Path(command[-3]), Path(command[-1])
+    stamp = target.with_suffix(".stamp")
+    now = hashlib.sha256(json.dumps([command, headers]).encode() + source.read_bytes()).hexdigest()
+    if target.is_file() and stamp.is_file() and stamp.read_text() == now:
+        return False
+    stamp.unlink(missing_ok=True)
+    run(command)
+    stamp.write_text(now)
+    return True
+
+
+def run(command: list[str]) -> None:
+    """Run a command and show it."""
+    print(" ".join(command), flush=True)
+    if subprocess.run(command).returncode != 0:
+        fail(f"this command failed, see its messages above:\n  {' '.join(command)}")
+
+
+def torch_flags(torch: Path) -> list[str]:
+    """Flags of every file that sees torch."""
+    return [f"-I{CSRC}", "-isystem", str(torch / "include"), STABLE_ABI]
+
+
+def link_flags(torch: Path) -> list[str]:
+    """Flags to link against torch; on CUDA builds libtorch.so brings libtorch_cuda.so along."""
+    libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
+    return [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", *libraries, "-Wl,--as-needed"]
+
+
+def add_cpu(library: Library, torch: Path, *, extra: list[str]) -> None:
+    """Add the C++ sources: kernels once for each instruction set, the rest once."""
+    compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *extra, *torch_flags(torch)]
+    for source in sorted(CSRC.rglob("*.cpp")):
+        if source.is_relative_to(CSRC / "emulator"):
+            continue
+        name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
+        if not source.stem.startswith("kernels_"):
+            library.compile(compiler, source, name=name)
+            continue
+        for isa, flags in ISAS.items():
+            library.compile(
+                [*compiler, *flags, f"-DFASTVIDEO_ISA={isa}"], source, name=f"{name}-{isa}"
+            )
+
+
+def add_cuda(library: Library, torch: Path, cuda: Cuda) -> None:
+    """Add the CUDA sources; those called *_sm90.cu exist for that architecture only."""
+    compiler = [str(cuda.nvcc), *NVCC_FLAGS, *torch_flags(torch), "-DUSE_CUDA"]
+    compiler[compiler.index("-isystem") : compiler.index("-isystem") + 2] = [
+        f"-isystem={torch / 'include'}"
+    ]
+    for source in sorted(CSRC.rglob("*.cu")):
+        gencode = cuda.gencode(only="90a" if source.stem.endswith("_sm90") else "")
+        name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
+        if gencode:
+            library.compile([*compiler, *gencode], source, name=f"{name}-cuda")
+
+
+class BuildKernels(build_ext):
+    """``build_ext``: fastvideo/_C.so."""
+
+    def run(self) -> None:
+        """Compile and link, or say what is left out."""
+        mode = build_mode()
+        if mode == "none":
+            print("fastvideo: FASTVIDEO_BUILD=none: no kernels in this build", file=sys.stderr)
+            return
+        torch = find_torch()
+        cuda, reason = find_cuda(mode)
+        if cuda is None:
+            print(f"fastvideo: WARNING: CUDA kernels are left out: {reason}", file=sys.stderr)
+        root = Path() if self.inplace else Path(self.build_lib)
+        library = Library(root / "fastvideo" / "_C.so", Path(self.build_temp) / "kernels")
+        info = {
+            "torch": torch_version(torch),
+            "oldest_torch": version_text(OLDEST_TORCH),
+            "cpu": list(ISAS),
+            "cuda": cuda and cuda.version,
+            "cuda_archs": cuda.archs if cuda else [],
+            "why_no_cuda": reason or None,
+        }
+        quoted = json.dumps(json.dumps(info))
+        extra = [f"-DFASTVIDEO_BUILD_INFO={quoted}"]
+        if cuda and cuda.gencode(only="90a"):
+            extra.append("-DFASTVIDEO_SM90")
+        add_cpu(library, torch, extra=extra)
+        link = link_flags(torch)
+        if cuda:
+            add_cuda(library, torch, cuda)
+            link += [f"-L{cuda.libraries}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        library.build(link)
+
+    def get_outputs(self) -> list[str]:
+        """Return what an installation holds."""
+        path = Path(self.build_lib) / "fastvideo" / "_C.so"
+        return [str(path)] if path.is_file() else []
+
+
+class BuildEmulator(Command):
+    """``build_emulator``: the CUDA sources, compiled by g++ to run on the CPU, for the tests."""
+
+    user_options = ()
+
+    def initialize_options(self) -> None:
+        """No options."""
+
+    def finalize_options(self) -> None:
+        """No options."""
+
+    def run(self) -> None:
+        """Compile every .cu file and csrc/emulator into build/emulator/_emulator.so."""
+        torch = find_torch()
+        folder = Path("build") / "emulator"
+        library = Library(folder / "_emulator.so", folder / "objects")
+        compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *torch_flags(torch)]
+        compiler += ["-DFASTVIDEO_EMULATOR", "-DFASTVIDEO_SM90", f"-I{CSRC / 'emulator'}"]
+        for source in sorted((*CSRC.rglob("*.cu"), *(CSRC / "emulator").rglob("*.cpp"))):
+            name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
+            library.compile([*compiler, "-x", "c++"], source, name=name)
+        library.build(link_flags(torch))
+
+
+class WheelOfAnyPython(bdist_wheel):
+    """The library has no Python symbols: one wheel serves every Python 3 of a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """py3-none-PLATFORM, or py3-none-any without kernels."""
+        platform_tag = "any" if build_mode() == "none" else super().get_tag()[2]
+        return "py3", "none", platform_tag
+
+
+class WithKernels(Distribution):
+    """Tells setuptools that the wheel belongs to a platform, unless it holds no kernels."""
+
+    def has_ext_modules(self) -> bool:
+        """True if kernels are built."""
+        return build_mode() != "none"
+
+
+setup(
+    ext_modules=[Extension("fastvideo._C", [])],
+    distclass=WithKernels,
+    cmdclass={
+        "build_ext": BuildKernels,
+        "build_emulator": BuildEmulator,
+        "bdist_wheel": WheelOfAnyPython,
+    },
+)
