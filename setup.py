@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds csrc/ into fastvideo/_C.so, one library with CPU and CUDA kernels for any Python and torch.
+"""Builds csrc/ into fastvideo/_C.so, one library of CPU and CUDA kernels for any Python and torch.
 
 FASTVIDEO_BUILD        auto (CUDA kernels where nvcc is found), cpu, cuda (nvcc is a must), none
 TORCH_CUDA_ARCH_LIST   default 8.0+PTX;9.0a;10.0a
 MAX_JOBS               compilers at a time, default one per core
 
-The library uses LibTorch's stable ABI only, so torch is not imported here: its headers and libraries
-are found and that is all. Nothing asks for a GPU. ``python setup.py build_emulator`` makes the
+The library uses LibTorch's stable ABI only, so torch is not imported here: its headers and files
+are found, nothing more. Nothing asks for a GPU. ``python setup.py build_emulator`` makes the
 library of the tests, in which g++ compiles the CUDA sources against csrc/emulator.
 """
 
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ def find_torch() -> Path:
             check_torch(folder)
             return folder
     fail(
-        "torch is needed to build the kernels, and there is none in this environment: install torch "
+        "torch is needed to build the kernels, and this environment has none: install torch "
         f"{version_text(OLDEST_TORCH)} or newer first (pip install torch), or set "
         "FASTVIDEO_BUILD=none for a host that only submits jobs and needs no kernels"
     )
@@ -186,7 +187,7 @@ class Library:
         new.replace(self.path)  # a process that has the old one open keeps it
 
 
-def digest(paths: object) -> str:
+def digest(paths: Iterable[Path]) -> str:
     """Return a hash of the contents of files."""
     total = hashlib.sha256()
     for path in sorted(paths):
@@ -225,15 +226,17 @@ def link_flags(torch: Path) -> list[str]:
     return [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", *libraries, "-Wl,--as-needed"]
 
 
-def add_cpu(library: Library, torch: Path, *, extra: list[str]) -> None:
+def add_cpu(library: Library, torch: Path, *, info: dict[str, object]) -> None:
     """Add the C++ sources: kernels once for each instruction set, the rest once."""
-    compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *extra, *torch_flags(torch)]
+    compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *torch_flags(torch)]
+    told = f"-DFASTVIDEO_BUILD_INFO={json.dumps(json.dumps(info))}"
     for source in sorted(CSRC.rglob("*.cpp")):
         if source.is_relative_to(CSRC / "emulator"):
             continue
         name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
         if not source.stem.startswith("kernels_"):
-            library.compile(compiler, source, name=name)
+            extra = [told] if name == "bindings" else []
+            library.compile([*compiler, *extra], source, name=name)
             continue
         for isa, flags in ISAS.items():
             library.compile(
@@ -244,9 +247,8 @@ def add_cpu(library: Library, torch: Path, *, extra: list[str]) -> None:
 def add_cuda(library: Library, torch: Path, cuda: Cuda) -> None:
     """Add the CUDA sources; those called *_sm90.cu exist for that architecture only."""
     compiler = [str(cuda.nvcc), *NVCC_FLAGS, *torch_flags(torch), "-DUSE_CUDA"]
-    compiler[compiler.index("-isystem") : compiler.index("-isystem") + 2] = [
-        f"-isystem={torch / 'include'}"
-    ]
+    if cuda.gencode(only="90a"):
+        compiler.append("-DFASTVIDEO_SM90")
     for source in sorted(CSRC.rglob("*.cu")):
         gencode = cuda.gencode(only="90a" if source.stem.endswith("_sm90") else "")
         name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
@@ -277,11 +279,7 @@ class BuildKernels(build_ext):
             "cuda_archs": cuda.archs if cuda else [],
             "why_no_cuda": reason or None,
         }
-        quoted = json.dumps(json.dumps(info))
-        extra = [f"-DFASTVIDEO_BUILD_INFO={quoted}"]
-        if cuda and cuda.gencode(only="90a"):
-            extra.append("-DFASTVIDEO_SM90")
-        add_cpu(library, torch, extra=extra)
+        add_cpu(library, torch, info=info)
         link = link_flags(torch)
         if cuda:
             add_cuda(library, torch, cuda)

@@ -35,6 +35,7 @@ VERBS = {
     "run": "preprocess, train, export and generate, skipping what is complete",
     "status": "show what is done and what is missing",
     "plan": "tell memory, work, time and disk of training before it starts, and what cannot work",
+    "check": "say what is installed here and which kernels work, without a recipe",
     "lora": "extract, merge or convert LoRA files, without a recipe: fastvideo lora --help",
     "tiny": "write a tiny model of the recipe's architecture to model.path",
 }
@@ -90,6 +91,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         from fastvideo.lora.arguments import parser
 
         return parser().parse_args(argv[1:])
+    if argv[:1] == ["check"]:
+        from fastvideo.check import parser
+
+        return parser().parse_args(argv)
     if not argv:
         return _parser().parse_args(["--help"])
     return _parser().parse_intermixed_args(argv)
@@ -101,7 +106,7 @@ def _listen(verb: str) -> None:
     The verbs of ``lora`` have nothing that stays until they are done. ``run`` listens in its own
     way, and so does training once it has begun.
     """
-    if verb in ("run", "status", "plan"):
+    if verb in ("run", "status", "plan", "check"):
         return
 
     outcome = "what is complete stays, the same command continues"
@@ -158,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
 def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.verb.startswith("lora"):
         return _lora(arguments)
+    if arguments.verb == "check":
+        return _check(arguments)
     _refuse_foreign_options(arguments)
     if arguments.verb == "run":
         return _run(arguments)
@@ -186,6 +193,15 @@ def _lora(arguments: argparse.Namespace) -> int:
     result = dispatch(arguments)
     if arguments.json:
         print(json.dumps(result))
+    return EXIT_DONE
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from fastvideo.check import check, describe, ensure
+
+    found = check(arguments.require)
+    print(json.dumps(found) if arguments.json else describe(found))
+    ensure(found)
     return EXIT_DONE
 
 
