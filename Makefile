@@ -14,7 +14,7 @@ SHELL_FILES = $(call files,'*.sh' '*.sbatch' .ci/run)
 CPP_FILES = $(call files,'*.cpp' '*.cu' '*.cuh' '*.h')
 DOCKERFILES = $(call files,'*Dockerfile')
 
-.PHONY: help venv demo test check format lock clean-venv
+.PHONY: help venv kernels demo test check format lock clean-venv
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -22,10 +22,12 @@ help: ## list the targets
 
 venv: .venv/.dev ## create or update .venv with everything to run and develop
 
+kernels: .venv/.kernels ## csrc/ to fastvideo/_C.so; for CUDA where nvcc is found
+
 demo: .venv/.train ## real clips to a finetuned model, on the CPU
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/tiny_real_clips/demo.sh
 
-test: .venv/.dev ## pytest $(ARGS)
+test: .venv/.dev .venv/.kernels ## pytest $(ARGS)
 	$(BIN)/pytest $(ARGS)
 
 check: .venv/.dev ## lint, types, imports, scripts, configs; changes nothing
@@ -62,8 +64,13 @@ clean-venv: ## remove .venv
 .venv/.train: requirements/train.txt requirements/torch.txt pyproject.toml setup.py | $(BIN)/pip
 	$(PIP) install --require-hashes --no-deps -r requirements/train.txt
 	$(PIP) install --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
-	$(PIP) install --no-deps --no-build-isolation --editable .
+	FASTVIDEO_BUILD=none $(PIP) install --no-deps --no-build-isolation --editable .
 	$(PIP) check
+	touch $@
+
+# The build knows itself what changed; what it compiles it shows.
+.venv/.kernels: .venv/.train setup.py $(call files,'csrc/*')
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 .venv/.dev: .venv/.train requirements/dev.txt
