@@ -3,7 +3,7 @@
 
 from contextlib import suppress
 
-from fastvideo.ops.backends import backends
+from fastvideo.ops.dispatch import backends
 from fastvideo.ops.library import KernelsMissing, load_if_built
 from fastvideo.ops.tiles import (
     VSA_TILE_SIZE,

@@ -109,7 +109,7 @@ def _attend(  # noqa: PLR0913
 ) -> Tensor:
     precise_q, precise_k, precise_v = _precise(q), _precise(k), _precise(v)
     scores = _scores(precise_q, precise_k, tiles=tiles, kv_tiles=kv_tiles)
-    coarse = scores.softmax(dim=-1) @ _means(precise_v, kv_tiles)
+    coarse = _product(scores.softmax(dim=-1), _means(precise_v, kv_tiles))
     if index is None:
         index = _highest(scores, topk)
     counts = torch.full(index.shape[:3], index.shape[3], device=q.device)
@@ -137,7 +137,13 @@ def _means(x: Tensor, tiles: Tiles) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, *, tiles: Tiles, kv_tiles: Tiles) -> Tensor:
     scale: float = q.shape[-1] ** -0.5
-    return torch.matmul(_means(q, tiles), _means(k, kv_tiles).mT) * scale
+    return _product(_means(q, tiles), _means(k, kv_tiles).mT) * scale
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product in the precision of its factors, under autocast too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.matmul(a, b)
 
 
 def _highest(scores: Tensor, topk: int) -> Tensor:
@@ -182,12 +188,12 @@ def _fine(  # noqa: PLR0913
         takes_part = (valid[chosen] & counted[..., None]).flatten(2)[:, :, None]
         attends = takes_part.any(dim=-1, keepdim=True)
         rows = _precise(q[:, :, first : first + num_tokens])
-        scores = rows @ keys[batch, head, chosen].flatten(2, 3).mT * q.shape[3] ** -0.5
+        scores = _product(rows, keys[batch, head, chosen].flatten(2, 3).mT) * q.shape[3] ** -0.5
         # A softmax of nothing but -inf is NaN, and so is its gradient.
         scores = scores.masked_fill(~takes_part & attends, -torch.inf)
         weights = scores.softmax(dim=-1) * attends
         padding = (first - done, ends[tile] - first - num_tokens)
-        out = weights @ values[batch, head, chosen].flatten(2, 3)
+        out = _product(weights, values[batch, head, chosen].flatten(2, 3))
         outs.append(F.pad(out, (0, 0, *padding)))
         log_sum = scores.detach().logsumexp(dim=-1).masked_fill(~attends[..., 0], -torch.inf)
         log_sums.append(F.pad(log_sum, padding, value=-torch.inf))
