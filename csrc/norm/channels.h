@@ -67,10 +67,12 @@ FASTVIDEO_INLINE inline void for_channels(int64_t dim, const Body& body) {
     if (d < dim) body(d, 0, Part{static_cast<int>(dim - d)});
 }
 
-// The memory system fetches a row while another is being computed.
+// In a walk: has the memory system fetch another row, one cache line at a time.
 template <class T>
-FASTVIDEO_INLINE inline void prefetch(const T* row, int64_t channel) {
-    if (row != nullptr) __builtin_prefetch(row + channel);
+FASTVIDEO_INLINE inline void prefetch(const T* row, int64_t channel, int chain) {
+    constexpr int kLine = 64;
+    if (row != nullptr && chain * kWidth * sizeof(T) % kLine == 0)
+        __builtin_prefetch(row + channel);
 }
 
 // float32 vectors of `dim` channels each, padded to whole vector registers.

@@ -100,9 +100,9 @@ void forward(const LayerForward& p, int64_t first_row, int64_t last_row) {
         const T* next_x = row_of<T>(p.x, next / p.tokens, next % p.tokens);
         const T* next_y = row_of<T>(p.y, next / p.tokens, next % p.tokens);
         T* out = row_of<T>(p.out, batch, token);
-        for_channels(p.dim, [&](int64_t d, int, auto extent) FASTVIDEO_INLINE {
-            prefetch(next_x, d);
-            prefetch(next_y, d);
+        for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
+            prefetch(next_x, d, chain);
+            prefetch(next_y, d, chain);
             const Floats normed = (load(x + d, extent) - mean) * rstd;
             store(out + d, normed * load(factor + d) + load(offset + d), extent);
         });
@@ -161,29 +161,30 @@ void backward_token(const LayerBackward& p, int64_t batch, int64_t token, int64_
     const float mean_grad_normed = of_grad_normed.total() / p.dim * rstd;
     const T *next_grad = row_of<T>(p.grad, batch, next), *next_x = row_of<T>(p.x, batch, next);
     T* dx = row_of<T>(p.dx, batch, token);
-    const auto dx_at = [&](int64_t d, auto extent) FASTVIDEO_INLINE {
-        prefetch(next_grad, d);
-        prefetch(next_x, d);
+    const auto dx_at = [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
+        prefetch(next_grad, d, chain);
+        prefetch(next_x, d, chain);
         const Floats normed = (load(x + d, extent) - mean) * rstd;
         return load(grad + d, extent) * (load(factor + d) * rstd) - mean_grad -
                normed * mean_grad_normed;
     };
     if (!p.grad_sum.data) {
-        for_channels(p.dim, [&](int64_t d, int, auto extent)
-                                FASTVIDEO_INLINE { store(dx + d, dx_at(d, extent), extent); });
+        for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
+            store(dx + d, dx_at(d, chain, extent), extent);
+        });
         return;
     }
     const T* grad_sum = row_of<T>(p.grad_sum, batch, token);
     if (!p.dgate.data) {
-        for_channels(p.dim, [&](int64_t d, int, auto extent) FASTVIDEO_INLINE {
-            store(dx + d, dx_at(d, extent) + load(grad_sum + d, extent), extent);
+        for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
+            store(dx + d, dx_at(d, chain, extent) + load(grad_sum + d, extent), extent);
         });
         return;
     }
     const T* y = row_of<T>(p.y, batch, token);
     T* dy = row_of<T>(p.dy, batch, token);
-    for_channels(p.dim, [&](int64_t d, int, auto extent) FASTVIDEO_INLINE {
-        const Floats g = dx_at(d, extent) + load(grad_sum + d, extent);
+    for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
+        const Floats g = dx_at(d, chain, extent) + load(grad_sum + d, extent);
         store(dx + d, g, extent);
         store(dy + d, g * load(gate + d), extent);
         store(sums.grad_y + d, load(sums.grad_y + d) + g * load(y + d, extent));

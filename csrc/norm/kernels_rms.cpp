@@ -86,19 +86,19 @@ void forward(const RmsForward& p, int64_t first_token, int64_t last_token) {
                 const T* next_x = row_of<T>(p.x, next / p.tokens, next % p.tokens, head);
                 const float* weight = weights[0] + start;
                 T* out = row_of<T>(p.out, at.batch, at.token, head);
-                const auto normed_at = [&](int64_t d, auto extent) FASTVIDEO_INLINE {
-                    prefetch(next_x, d);
+                const auto normed_at = [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
+                    prefetch(next_x, d, chain);
                     return load(x + d, extent) * rstd * load(weight + d, extent);
                 };
                 if (p.rotary.cos)
-                    for_channels(p.dim, [&](int64_t d, int, auto extent) FASTVIDEO_INLINE {
-                        const Floats normed = normed_at(d, extent);
+                    for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
+                        const Floats normed = normed_at(d, chain, extent);
                         store(out + d, normed * load(cos + d) + swap_pairs(normed) * load(sin + d),
                               extent);
                     });
                 else
-                    for_channels(p.dim, [&](int64_t d, int, auto extent) FASTVIDEO_INLINE {
-                        store(out + d, normed_at(d, extent), extent);
+                    for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
+                        store(out + d, normed_at(d, chain, extent), extent);
                     });
             });
         });
@@ -152,9 +152,9 @@ void backward_of(const RmsBackward& p, const Split& split, int64_t first_task, i
                     const T* next_grad = row_of<T>(p.grad, next / p.tokens, next % p.tokens, head);
                     const float* weight = weights[0] + start;
                     T* dx = row_of<T>(p.dx, at.batch, at.token, head);
-                    for_channels(p.dim, [&](int64_t d, int, auto extent) FASTVIDEO_INLINE {
-                        prefetch(next_x, d);
-                        prefetch(next_grad, d);
+                    for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
+                        prefetch(next_x, d, chain);
+                        prefetch(next_grad, d, chain);
                         const Floats scaled =
                             turned_back(grad, d, extent) * load(weight + d, extent);
                         store(dx + d, scaled * rstd - load(x + d, extent) * mean, extent);
