@@ -75,9 +75,19 @@ inline Floats load(const float* from) {
     return value;
 }
 inline Floats load(const BFloat16* from) {
+    // GCC makes four shuffles of a __builtin_convertvector where one instruction does.
+#if defined(__AVX512F__)
+    const auto words = bits_as<Words>(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+    const auto words = bits_as<Words>(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
     Halves bits;
     std::memcpy(&bits, from, sizeof(bits));
-    return bits_as<Floats>(__builtin_convertvector(bits, Words) << 16);
+    const auto words = __builtin_convertvector(bits, Words);
+#endif
+    return bits_as<Floats>(words << 16);
 }
 inline Floats load(const Float16* from) {
 #if defined(__AVX512F__)
@@ -102,8 +112,16 @@ inline void store(BFloat16* to, Floats value) {
     const Words bits = bits_as<Words>(value);
     Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     rounded = value == value ? rounded : Words{} + 0x7fc0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // Both 128-bit halves pack by themselves: their low quarters are the result.
+    const __m256i packed =
+        _mm256_packus_epi32(bits_as<__m256i>(rounded), bits_as<__m256i>(rounded));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
     const Halves halves = __builtin_convertvector(rounded, Halves);
     std::memcpy(to, &halves, sizeof(halves));
+#endif
 #endif
 }
 inline void store(Float16* to, Floats value) {
