@@ -133,14 +133,14 @@ def self_test(device: str) -> dict[str, float | str]:
 def _attention_error(device: str, dtype: "torch.dtype") -> float:
     import torch
 
-    from fastvideo.ops import vsa
+    from fastvideo import ops
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 256, 64, generator=generator).to(device, dtype) for _ in range(3))
     block_map = torch.rand(1, 2, 4, 4, generator=generator).to(device) > 0.5
     sizes = torch.tensor([64, 64, 64, 40], dtype=torch.int32, device=device)
-    out, _ = vsa.block_sparse_attn(q, k, v, block_map, sizes)
-    expected, _ = vsa.block_sparse_attn_reference(
+    out, _ = ops.block_sparse_attn(q, k, v, block_map, sizes)
+    expected, _ = ops.block_sparse_attn_reference(
         q.double(), k.double(), v.double(), block_map, sizes
     )
     return _relative(out, expected)
