@@ -42,7 +42,9 @@ def tokens(
 def _autocast(tensor: Tensor) -> Tensor:
     """Cast as torch does for scaled_dot_product_attention under autocast: float64 stays."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    if tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
