@@ -155,9 +155,8 @@ def full_tiles(x: Tensor) -> Tiles:
     """Tiles of 64 tokens, all of which count."""
     if x.shape[2] % MAX_TOKENS:
         raise ValueError(f"q has {x.shape[2]} tokens, expected a multiple of {MAX_TOKENS}")
-    num_tiles = x.shape[2] // MAX_TOKENS
-    sizes = torch.full((num_tiles,), MAX_TOKENS, dtype=torch.int32, device=x.device)
-    return Tiles.from_block_sizes(sizes)
+    first = torch.arange(0, x.shape[2], MAX_TOKENS, dtype=torch.int32, device=x.device)
+    return Tiles(torch.stack((first, torch.full_like(first, MAX_TOKENS)), dim=1), x.shape[2])
 
 
 def checked_index(
