@@ -44,7 +44,7 @@ def _autocast(tensor: Tensor) -> Tensor:
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensor
-    if tensor.dtype == torch.float64:
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
@@ -60,6 +60,10 @@ def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor) ->
         )
     if tensor.dtype != q.dtype:
         raise ValueError(f"{name} is {tensor.dtype} and q {q.dtype}: cast one of them")
+    _check_device(name, tensor, q)
+
+
+def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
     if tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device} and q on {q.device}: move one of them")
 
@@ -146,8 +150,7 @@ def padded_tiles(x: Tensor, sizes: Tensor, *, name: str, slots: int = MAX_TOKENS
             f"{name} has shape {tuple(sizes.shape)}, expected one number for every {slots} of "
             f"{num_slots} tokens"
         )
-    if sizes.device != x.device:
-        raise ValueError(f"{name} is on {sizes.device} and the tokens on {x.device}: move it there")
+    _check_device(name, sizes, x)
     return Tiles.from_block_sizes(sizes, slots)
 
 
@@ -191,8 +194,7 @@ def _check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
     if tensor.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {tensor.dtype}, expected int32")
-    if tensor.device != q.device:
-        raise ValueError(f"{name} is on {tensor.device} and q on {q.device}: move it there")
+    _check_device(name, tensor, q)
 
 
 def checked_block_map(q: Tensor, block_map: Tensor, *, tiles: Tiles, kv_tiles: Tiles) -> Tensor:
@@ -202,6 +204,5 @@ def checked_block_map(q: Tensor, block_map: Tensor, *, tiles: Tiles, kv_tiles: T
     shape = (q.shape[0], q.shape[1], tiles.num_tiles, kv_tiles.num_tiles)
     if tuple(block_map.shape) != shape:
         raise ValueError(f"block_map has shape {tuple(block_map.shape)}, expected {shape}")
-    if block_map.device != q.device:
-        raise ValueError(f"block_map is on {block_map.device} and q on {q.device}: move it there")
+    _check_device("block_map", block_map, q)
     return block_map.to(torch.bool)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastvideo.ops.library import register
+from fastvideo.ops.vsa_operators import no_second_derivative
 
 Means = tuple[Tensor, Tensor, Tensor]
 """Of queries (B,H,Q,D), keys and values (B,H,K,D)."""
@@ -95,7 +96,7 @@ def _register(namespace: str) -> None:
     torch.library.define(name, _BACKWARD)
     torch.library.impl(name, "default", _backward)
     torch.library.register_fake(name, _backward_shapes)
-    torch.library.register_autograd(name, _no_second_derivative)
+    torch.library.register_autograd(name, no_second_derivative)
     register_flop_formula(operators.vsa_coarse_backward)(_backward_flops)
 
 
@@ -113,10 +114,6 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Mea
 
 def _backward_shapes(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Means:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("Video Sparse Attention has no second derivative")
 
 
 def _forward_flops(q: Any, k: Any, v: Any, q_tiles: Any, kv_tiles: Any, **_: Any) -> int:

@@ -145,6 +145,15 @@ def test_gradients_of_references_are_those_of_differences() -> None:
     assert torch.autograd.gradcheck(vsa, (q, k, v, gate), fast_mode=True)
     assert torch.autograd.gradcheck(vsa, (q, k, v), fast_mode=True)
 
+    block_map = torch.tensor([[[True, False, True]]])
+    sizes = torch.tensor([2, 64, 3])
+    q, k, v = (random(1, 1, tokens, 2, seed=tokens) for tokens in (64, 192, 192))
+
+    def fine(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return block_sparse_attn_reference(q, k, v, block_map, sizes)[0]
+
+    assert torch.autograd.gradcheck(fine, (q, k, v), fast_mode=True)
+
 
 def test_ties_go_to_the_lowest_tile() -> None:
     tiles = Tiles.from_geometry(4, 4, 20)
