@@ -196,7 +196,9 @@ void fine_backward(const FineBackward& problem, Dtype dtype) {
                     const QueryTile query = query_of(head, slot, q_tile);
                     kernels.pair(key, query);
                     turns[slot]->await(entry, q_tile);
-                    kernels.add_dq(key, query);
+                    const int32_t next_tile = rows[std::min(entry + 1, offsets[kv_tile + 1] - 1)];
+                    kernels.add_dq(key, query,
+                                   packed.get() + slot * head_bytes + next_tile * query_bytes);
                     turns[slot]->pass_on(q_tile);
                 }
                 kernels.end_key(key);

@@ -189,27 +189,27 @@ void pair(const vsa::KeyTile& key, const vsa::QueryTile& query) {
     const int channel_steps = shapes.channel_steps(), query_steps = steps<Unit>(queries);
     constexpr int kTokenSteps = Shapes<Unit>::kTokenSteps;
     multiply(from.q, kLeftWidth, to.k, channel_steps, channel_steps, queries, keys, to.weights,
-             kLeftWidth);
+             kLeftWidth, {from.grad, shapes.left_size() * sizeof(Unit)});
     multiply(from.grad, kLeftWidth, to.v, channel_steps, channel_steps, queries, keys, to.dscores,
-             kLeftWidth);
+             kLeftWidth, {from.grad_rows, shapes.rows_size() * sizeof(Unit)});
     differentiate(to, from, queries, keys, softmax_scale(channels) * kLog2e);
     pair_up(to, queries, keys);
     const int width = shapes.row_width();
     multiply_add(to.weight_units, kLeftWidth, from.grad_rows, kTokenSteps, query_steps, keys,
-                 channels, to.dv, width);
+                 channels, to.dv, width, {from.q_rows, shapes.rows_size() * sizeof(Unit)});
     multiply_add(to.dscore_units, kLeftWidth, from.q_rows, kTokenSteps, query_steps, keys, channels,
-                 to.dk, width);
+                 to.dk, width, {from.dq, shapes.sums_size() * sizeof(float)});
 }
 
 template <class T>
-void add_dq(const vsa::KeyTile& key, const vsa::QueryTile& query) {
+void add_dq(const vsa::KeyTile& key, const vsa::QueryTile& query, const std::byte* next) {
     using Unit = UnitOf<T>;
     const Shapes<Unit> shapes{key.head_dim};
     const KeyScratch<Unit> from(shapes, key.scratch);
     const PackedQuery<Unit> to(shapes, query.packed);
     multiply_add(from.dscores_transposed, kLeftWidth, from.k_rows, Shapes<Unit>::kTokenSteps,
                  steps<Unit>(key.tile.tokens), query.tile.tokens, key.head_dim, to.dq,
-                 shapes.row_width());
+                 shapes.row_width(), {next, shapes.left_size() * sizeof(Unit)});
 }
 
 template <class T>
@@ -231,14 +231,14 @@ void end_query(const vsa::QueryTile& query) {
                     softmax_scale(query.head_dim), query.dq);
 }
 
-#define FASTVIDEO_BACKWARD(T)                                            \
-    template size_t query_bytes<T>(int);                                 \
-    template size_t backward_bytes<T>(int);                              \
-    template void begin_query<T>(const vsa::QueryTile&);                 \
-    template void begin_key<T>(const vsa::KeyTile&);                     \
-    template void pair<T>(const vsa::KeyTile&, const vsa::QueryTile&);   \
-    template void add_dq<T>(const vsa::KeyTile&, const vsa::QueryTile&); \
-    template void end_key<T>(const vsa::KeyTile&);                       \
+#define FASTVIDEO_BACKWARD(T)                                                              \
+    template size_t query_bytes<T>(int);                                                   \
+    template size_t backward_bytes<T>(int);                                                \
+    template void begin_query<T>(const vsa::QueryTile&);                                   \
+    template void begin_key<T>(const vsa::KeyTile&);                                       \
+    template void pair<T>(const vsa::KeyTile&, const vsa::QueryTile&);                     \
+    template void add_dq<T>(const vsa::KeyTile&, const vsa::QueryTile&, const std::byte*); \
+    template void end_key<T>(const vsa::KeyTile&);                                         \
     template void end_query<T>(const vsa::QueryTile&)
 FASTVIDEO_BACKWARD(float);
 FASTVIDEO_BACKWARD(BFloat16);

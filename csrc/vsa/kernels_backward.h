@@ -17,7 +17,7 @@ void begin_key(const vsa::KeyTile& key);
 template <class T>
 void pair(const vsa::KeyTile& key, const vsa::QueryTile& query);
 template <class T>
-void add_dq(const vsa::KeyTile& key, const vsa::QueryTile& query);
+void add_dq(const vsa::KeyTile& key, const vsa::QueryTile& query, const std::byte* next);
 template <class T>
 void end_key(const vsa::KeyTile& key);
 template <class T>

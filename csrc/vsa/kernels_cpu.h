@@ -67,10 +67,11 @@ struct FineKernels {
     // Once for each query tile: packs it, zeroes its dq, writes the gradients of coarse and gate.
     void (*begin_query)(const QueryTile& query);
     // Once for each key tile, then for each query tile that chose it: `pair`, which adds to dk and
-    // dv, and `add_dq`, which adds what the last `pair` found to the query tile's dq.
+    // dv, and `add_dq`, which adds what the last `pair` found to the query tile's dq; `next` is the
+    // packed query tile that comes then.
     void (*begin_key)(const KeyTile& key);
     void (*pair)(const KeyTile& key, const QueryTile& query);
-    void (*add_dq)(const KeyTile& key, const QueryTile& query);
+    void (*add_dq)(const KeyTile& key, const QueryTile& query, const std::byte* next);
     void (*end_key)(const KeyTile& key);
     void (*end_query)(const QueryTile& query);
 };

@@ -164,7 +164,7 @@ void forward(const vsa::ForwardTile& work, std::byte* memory) {
         const int keys = work.kv_tiles[chosen].tokens;
         const PackedKv<Unit> kv(shapes, const_cast<std::byte*>(work.packed) + chosen * bytes);
         multiply(kv.k, kLeftWidth, scratch.q, shapes.channel_steps(), shapes.channel_steps(), keys,
-                 queries, scratch.scores, kLeftWidth);
+                 queries, scratch.scores, kLeftWidth, {kv.v, shapes.rows_size() * sizeof(Unit)});
         if (soften(scratch, keys, queries, scale, i == 0))
             for (int query = 0; query < queries; ++query)
                 if (const float factor = scratch.rescale[query]; factor != 1.0f)
@@ -179,9 +179,12 @@ void forward(const vsa::ForwardTile& work, std::byte* memory) {
         } else {
             weights = scratch.scores;
         }
+        const Ahead next = i + 1 < work.num_chosen ? Ahead{work.packed + work.chosen[i + 1] * bytes,
+                                                           shapes.left_size() * sizeof(Unit)}
+                                                   : Ahead{};
         const auto product = i == 0 ? multiply<Unit> : multiply_add<Unit>;
         product(weights, kLeftWidth, kv.v, Shapes<Unit>::kTokenSteps, steps<Unit>(keys), queries,
-                work.head_dim, scratch.sums, width);
+                work.head_dim, scratch.sums, width, next);
     }
     write_out<T>(work, scratch.sums, width, scratch.reference, scratch.total);
 }

@@ -9,6 +9,8 @@ namespace fastvideo::cpu::FASTVIDEO_ISA {
 
 namespace {
 
+constexpr int kCacheLine = 64;
+
 inline Floats fused(float a, const float* b, Floats sum) { return splat(a) * load(b) + sum; }
 
 inline Floats fused(Pair a, const Pair* b, Floats sum) {
@@ -62,10 +64,14 @@ static_assert(kBlockVectors == 2);
 
 template <bool kAdd, class Unit>
 void product(const Unit* a, int a_stride, const Unit* b, int b_depth, int depth, int rows,
-             int columns, float* c, int c_stride) {
+             int columns, float* c, int c_stride, Ahead ahead) {
     static constexpr Blocks<kAdd, Unit> blocks{std::make_integer_sequence<int, kBlockRows>{}};
     // Blocks of almost equal heights: a low one would wait for its few sums to become ready.
     const int num_blocks = (rows + kBlockRows - 1) / kBlockRows;
+    const int num_panels = (columns + kPanel - 1) / kPanel;
+    const size_t share = ahead.bytes / (num_panels * num_blocks) + 1;
+    auto* wanted = static_cast<const std::byte*>(ahead.from);
+    const auto* wanted_end = wanted + ahead.bytes;
     // A panel of b stays in the first cache while the rows of a, from the second, pass by.
     for (int column = 0; column < columns; column += kPanel, b += b_depth * kPanel) {
         const int left = columns - column;
@@ -74,6 +80,9 @@ void product(const Unit* a, int a_stride, const Unit* b, int b_depth, int depth,
             const int height = (rows - row + num_blocks - i - 1) / (num_blocks - i);
             of_rows[height - 1](a + row, a_stride, b, depth, c + row * c_stride + column, c_stride);
             row += height;
+            for (const auto* stop = wanted + share; wanted < stop && wanted < wanted_end;
+                 wanted += kCacheLine)
+                __builtin_prefetch(wanted, 0, 2);
         }
     }
 }
@@ -82,18 +91,19 @@ void product(const Unit* a, int a_stride, const Unit* b, int b_depth, int depth,
 
 template <class Unit>
 void multiply(const Unit* a, int a_stride, const Unit* b, int b_depth, int depth, int rows,
-              int columns, float* c, int c_stride) {
-    product<false>(a, a_stride, b, b_depth, depth, rows, columns, c, c_stride);
+              int columns, float* c, int c_stride, Ahead ahead) {
+    product<false>(a, a_stride, b, b_depth, depth, rows, columns, c, c_stride, ahead);
 }
 template <class Unit>
 void multiply_add(const Unit* a, int a_stride, const Unit* b, int b_depth, int depth, int rows,
-                  int columns, float* c, int c_stride) {
-    product<true>(a, a_stride, b, b_depth, depth, rows, columns, c, c_stride);
+                  int columns, float* c, int c_stride, Ahead ahead) {
+    product<true>(a, a_stride, b, b_depth, depth, rows, columns, c, c_stride, ahead);
 }
 
-#define FASTVIDEO_PRODUCTS(Unit)                                                            \
-    template void multiply(const Unit*, int, const Unit*, int, int, int, int, float*, int); \
-    template void multiply_add(const Unit*, int, const Unit*, int, int, int, int, float*, int)
+#define FASTVIDEO_PRODUCTS(Unit)                                                                   \
+    template void multiply(const Unit*, int, const Unit*, int, int, int, int, float*, int, Ahead); \
+    template void multiply_add(const Unit*, int, const Unit*, int, int, int, int, float*, int,     \
+                               Ahead)
 FASTVIDEO_PRODUCTS(float);
 FASTVIDEO_PRODUCTS(Pair);
 

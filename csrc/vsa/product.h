@@ -6,6 +6,8 @@
 // multiplies pairs.
 #pragma once
 
+#include <cstddef>
+
 #include "cpu/simd.h"
 
 namespace fastvideo::cpu::FASTVIDEO_ISA {
@@ -27,14 +29,20 @@ inline constexpr int kBlockRows = 3;
 inline constexpr int kBlockVectors = 2;
 inline constexpr int kPanel = kBlockVectors * kWidth;
 
+// Memory that the next product reads; it is brought to the second cache meanwhile.
+struct Ahead {
+    const void* from = nullptr;
+    size_t bytes = 0;
+};
+
 // c[row][column] = the sum over `depth` steps of a[step][row] * b[column / kPanel][step][column %
 // kPanel], where panels of b are `b_depth` steps apart. Columns are rounded up to kWidth.
 template <class Unit>
 void multiply(const Unit* a, int a_stride, const Unit* b, int b_depth, int depth, int rows,
-              int columns, float* c, int c_stride);
+              int columns, float* c, int c_stride, Ahead ahead);
 // The same, added to c.
 template <class Unit>
 void multiply_add(const Unit* a, int a_stride, const Unit* b, int b_depth, int depth, int rows,
-                  int columns, float* c, int c_stride);
+                  int columns, float* c, int c_stride, Ahead ahead);
 
 }  // namespace fastvideo::cpu::FASTVIDEO_ISA

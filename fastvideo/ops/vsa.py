@@ -20,10 +20,9 @@ import math
 from torch import Tensor
 
 from fastvideo.ops import vsa_arguments as arguments
-from fastvideo.ops import vsa_operators  # noqa: F401  registers shapes and gradients
+from fastvideo.ops import vsa_coarse, vsa_operators  # noqa: F401  they register operators
 from fastvideo.ops.library import operators
 from fastvideo.ops.tiles import VSA_TILE_SIZE, Tiles
-from fastvideo.ops.vsa_coarse import coarse_attention
 
 
 def num_selected(sparsity: float, num_kv_tiles: int) -> int:
@@ -211,10 +210,7 @@ def _select(
     q: Tensor, k: Tensor, v: Tensor, *, tiles: Tiles, kv_tiles: Tiles, topk: int
 ) -> tuple[Tensor, Tensor]:
     """Return selected tiles and the coarse output."""
-    pool = operators().vsa_pool
-    scores, coarse = coarse_attention(
-        pool(q, tiles.table), pool(k, kv_tiles.table), pool(v, kv_tiles.table)
-    )
+    scores, coarse, *_ = operators().vsa_coarse(q, k, v, tiles.table, kv_tiles.table)
     return operators().vsa_topk(scores, topk), coarse
 
 

@@ -42,7 +42,9 @@ def tokens(
 def _autocast(tensor: Tensor) -> Tensor:
     """Cast as torch does for scaled_dot_product_attention under autocast: float64 stays."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
@@ -58,6 +60,10 @@ def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor) ->
         )
     if tensor.dtype != q.dtype:
         raise ValueError(f"{name} is {tensor.dtype} and q {q.dtype}: cast one of them")
+    _check_device(name, tensor, q)
+
+
+def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
     if tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device} and q on {q.device}: move one of them")
 
@@ -144,8 +150,7 @@ def padded_tiles(x: Tensor, sizes: Tensor, *, name: str, slots: int = MAX_TOKENS
             f"{name} has shape {tuple(sizes.shape)}, expected one number for every {slots} of "
             f"{num_slots} tokens"
         )
-    if sizes.device != x.device:
-        raise ValueError(f"{name} is on {sizes.device} and the tokens on {x.device}: move it there")
+    _check_device(name, sizes, x)
     return Tiles.from_block_sizes(sizes, slots)
 
 
@@ -153,9 +158,8 @@ def full_tiles(x: Tensor) -> Tiles:
     """Tiles of 64 tokens, all of which count."""
     if x.shape[2] % MAX_TOKENS:
         raise ValueError(f"q has {x.shape[2]} tokens, expected a multiple of {MAX_TOKENS}")
-    num_tiles = x.shape[2] // MAX_TOKENS
-    sizes = torch.full((num_tiles,), MAX_TOKENS, dtype=torch.int32, device=x.device)
-    return Tiles.from_block_sizes(sizes)
+    first = torch.arange(0, x.shape[2], MAX_TOKENS, dtype=torch.int32, device=x.device)
+    return Tiles(torch.stack((first, torch.full_like(first, MAX_TOKENS)), dim=1), x.shape[2])
 
 
 def checked_index(
@@ -190,8 +194,7 @@ def _check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
     if tensor.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {tensor.dtype}, expected int32")
-    if tensor.device != q.device:
-        raise ValueError(f"{name} is on {tensor.device} and q on {q.device}: move it there")
+    _check_device(name, tensor, q)
 
 
 def checked_block_map(q: Tensor, block_map: Tensor, *, tiles: Tiles, kv_tiles: Tiles) -> Tensor:
@@ -201,6 +204,5 @@ def checked_block_map(q: Tensor, block_map: Tensor, *, tiles: Tiles, kv_tiles: T
     shape = (q.shape[0], q.shape[1], tiles.num_tiles, kv_tiles.num_tiles)
     if tuple(block_map.shape) != shape:
         raise ValueError(f"block_map has shape {tuple(block_map.shape)}, expected {shape}")
-    if block_map.device != q.device:
-        raise ValueError(f"block_map is on {block_map.device} and q on {q.device}: move it there")
+    _check_device("block_map", block_map, q)
     return block_map.to(torch.bool)

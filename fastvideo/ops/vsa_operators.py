@@ -105,14 +105,16 @@ def _register_gradients(namespace: str, operators: Any) -> None:
         given = (None if coarse is None else dcoarse, None if gate is None else dgate)
         return dq, dk, dv, None, None, None, None, *given
 
-    def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError("Video Sparse Attention has no second derivative")
-
     autograd = torch.library.register_autograd
     autograd(f"{namespace}::vsa_pool", pool_backward, setup_context=pool_context)
     autograd(f"{namespace}::vsa_fine_forward", fine_backward, setup_context=fine_context)
     autograd(f"{namespace}::vsa_pool_backward", no_second_derivative)
     autograd(f"{namespace}::vsa_fine_backward", no_second_derivative)
+
+
+def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    """Refuse to differentiate a backward pass."""
+    raise RuntimeError("Video Sparse Attention has no second derivative")
 
 
 def _fine_flops(q: Tensor, k: Tensor, v: Tensor, *chosen: Any, **_: Any) -> int:

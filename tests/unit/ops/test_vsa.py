@@ -56,7 +56,7 @@ def assert_near(
         ((3, 5, 6), 2, 64, 2, True),
         ((4, 8, 8), 1, 128, 3, False),
         ((5, 6, 7), 3, 20, 8, True),
-        ((1, 1, 1), 1, 1, 1, True),
+        ((1, 3, 1), 1, 1, 1, True),
         ((2, 3, 9), 2, 256, 1, False),
     ],
 )
@@ -208,11 +208,11 @@ def test_results_are_the_same_bits_every_time(dtype: torch.dtype) -> None:
 def test_autocast_casts_as_for_dense_attention() -> None:
     tiles = Tiles.from_geometry(3, 5, 6)
     inputs = [random(1, 2, 90, 16, seed=seed) for seed in range(4)]
-    half = [x.detach().bfloat16() for x in inputs]
-    expected = ops.ragged_sparse_attn(*half, tiles=tiles, topk=2)
+    q, k, v, gate = (x.detach().bfloat16() for x in inputs)
+    expected = ops.ragged_sparse_attn(q, k, v, gate, tiles=tiles, topk=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = ops.ragged_sparse_attn(*inputs, tiles=tiles, topk=2)
-        mixed = ops.ragged_sparse_attn(*half[:3], inputs[3], tiles=tiles, topk=2)
+        mixed = ops.ragged_sparse_attn(q, k, v, inputs[3], tiles=tiles, topk=2)
         reference = ops.ragged_sparse_attn_reference(*inputs, tiles=tiles, topk=2)
     assert out.dtype == reference.dtype == torch.bfloat16
     assert torch.equal(out, expected)
@@ -366,3 +366,22 @@ def test_without_kernels_calls_say_so_and_references_work(
         ops.ragged_sparse_attn(q, k, v, tiles=tiles, topk=2)
     out = ops.ragged_sparse_attn_reference(q, k, v, tiles=tiles, topk=2)
     assert out.shape == q.shape
+
+
+def test_a_single_token_attends_to_itself() -> None:
+    tiles = Tiles.from_geometry(1, 1, 1)
+    q, k, v, gate = (random(1, 1, 1, 64, seed=seed) for seed in range(4))
+    out = ops.ragged_sparse_attn(q, k, v, gate, tiles=tiles, topk=1)
+    torch.testing.assert_close(out, v + v * gate)
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    torch.testing.assert_close(dv, 1 + gate)
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-5
+
+
+def test_shapes_are_known_without_data() -> None:
+    tiles = Tiles.from_geometry(3, 5, 6, device="meta")
+    q, k, v = (torch.zeros(1, 2, 90, 16, device="meta", requires_grad=True) for _ in "qkv")
+    out = ops.ragged_sparse_attn(q, k, v, tiles=tiles, topk=2)
+    out.sum().backward()
+    assert q.grad is not None
+    assert q.grad.shape == out.shape == q.shape

@@ -16,7 +16,7 @@ from fastvideo.ops import Tiles
 from fastvideo.ops.library import operators
 
 
-def tokens(*, seed: int = 0, heads: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+def tokens(seed: int = 0, *, heads: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
     """(1,H,90,16), stored as (1,90,H,16)."""
     generator = torch.Generator().manual_seed(seed)
     made = torch.randn((1, 90, heads, 16), generator=generator).to(dtype)
@@ -53,6 +53,14 @@ def backward_arguments(**given: bool) -> tuple[Any, ...]:
 
 INDEX = torch.tensor([0, 2, 3], dtype=torch.int32).expand(1, 2, 4, 3).contiguous()
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "vsa_coarse": lambda: (
+        tokens(seed=0),
+        tokens(seed=1),
+        tokens(seed=2),
+        TILES.table,
+        TILES.table,
+    ),
+    "vsa_coarse_backward": lambda: tuple(torch.randn(1, 2, 4, 16) for _ in range(5)),
     "vsa_pool": lambda: (tokens(), TILES.table),
     "vsa_pool-bfloat16": lambda: (tokens(dtype=torch.bfloat16), TILES.table),
     "vsa_pool_backward": lambda: (torch.randn(1, 2, 4, 16), TILES.table, 90, torch.bfloat16),
@@ -83,14 +91,24 @@ def results(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tenso
     return [out, *torch.autograd.grad(out.square().sum(), inputs)]
 
 
-def test_compiled_code_gives_the_same_numbers() -> None:
+def test_compiled_code_gives_the_same_numbers_and_keeps_no_more() -> None:
     inputs = [tokens(seed=seed) for seed in range(4)]
 
     def scaled(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         return ragged(q * 2, k + 1, v, gate.sin())
 
+    kept: list[tuple[int, ...]] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(tuple(x.shape))
+        return x
+
     compiled = torch.compile(scaled, fullgraph=True)
-    torch.testing.assert_close(results(compiled, inputs), results(scaled, inputs))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        found = results(compiled, inputs)
+    torch.testing.assert_close(found, results(scaled, inputs))
+    assert (1, 2, 90, 16) in kept
+    assert (1, 2, 4, 4) not in kept  # probabilities of the coarse stage
 
 
 def test_upstreams_form_compiles_as_one_graph_of_any_shape() -> None:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of fastvideo/ops/vsa_reference.py and vsa_coarse.py against dense attention with a mask."""
-
-from typing import Any
+"""Tests of fastvideo/ops/vsa_reference.py against dense attention with a mask."""
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from fastvideo.ops import (
     selected_tiles_reference,
     video_sparse_attn_reference,
 )
-from fastvideo.ops.vsa_coarse import coarse_attention
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -148,6 +145,15 @@ def test_gradients_of_references_are_those_of_differences() -> None:
     assert torch.autograd.gradcheck(vsa, (q, k, v, gate), fast_mode=True)
     assert torch.autograd.gradcheck(vsa, (q, k, v), fast_mode=True)
 
+    block_map = torch.tensor([[[True, False, True]]])
+    sizes = torch.tensor([2, 64, 3])
+    q, k, v = (random(1, 1, tokens, 2, seed=tokens) for tokens in (64, 192, 192))
+
+    def fine(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return block_sparse_attn_reference(q, k, v, block_map, sizes)[0]
+
+    assert torch.autograd.gradcheck(fine, (q, k, v), fast_mode=True)
+
 
 def test_ties_go_to_the_lowest_tile() -> None:
     tiles = Tiles.from_geometry(4, 4, 20)
@@ -164,46 +170,3 @@ def test_half_precision_is_computed_in_float32() -> None:
     expected = ragged_sparse_attn_reference(*(x.float() for x in (q, k, v)), tiles=tiles, topk=2)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected.bfloat16())
-
-
-def coarse_inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    shapes = (2, 2, 3, 5), (2, 2, 4, 5), (2, 2, 4, 5)
-    made = [random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    return [x.detach().to(dtype).requires_grad_() for x in made]
-
-
-def test_the_coarse_stage_has_the_gradients_of_differences() -> None:
-    assert torch.autograd.gradcheck(lambda *means: coarse_attention(*means)[1], coarse_inputs())
-
-
-def test_the_coarse_stage_keeps_no_probabilities() -> None:
-    kept: list[tuple[int, ...]] = []
-
-    def pack(x: Tensor) -> Tensor:
-        kept.append(tuple(x.shape))
-        return x
-
-    q, k, v = coarse_inputs()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        scores, out = coarse_attention(q, k, v)
-    assert not scores.requires_grad
-    assert kept == [tuple(x.shape) for x in (q, k, v, out)]
-
-
-def test_the_coarse_stage_stays_float32_under_autocast() -> None:
-    q, k, v = coarse_inputs(torch.float32)
-    expected = coarse_attention(q, k, v)
-    gradients = torch.autograd.grad(expected[1].sum(), (q, k, v))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = coarse_attention(q, k, v)
-        assert all(map(torch.equal, torch.autograd.grad(found[1].sum(), (q, k, v)), gradients))
-    assert all(map(torch.equal, found, expected))
-
-
-@pytest.mark.parametrize("operator", ["vsa_coarse", "vsa_coarse_backward"])
-def test_the_coarse_operators_are_registered_rightly(operator: str) -> None:
-    inputs: list[Any] = coarse_inputs()
-    if operator == "vsa_coarse_backward":
-        q, k, v = (x.detach() for x in inputs)
-        inputs = [torch.randn_like(q), q, k, v, torch.randn_like(q)]
-    torch.library.opcheck(getattr(torch.ops.fastvideo, operator).default, tuple(inputs))
