@@ -10,6 +10,8 @@ the tokens, under autocast too: torch's own norms return float32 there, which th
 casts back. `fastvideo.ops.norm_reference` has the same functions in plain torch.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Size, Tensor, nn
 
@@ -44,7 +46,9 @@ def layer_norm(
     Raises:
         UserError: Shapes or dtypes do not fit.
     """
-    rows, scale, shift = _rows(x, scale, shift)
+    _check_tokens(x)
+    scale, shift = _modulations(x, {"scale": scale, "shift": shift})
+    rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     _check_vectors(x, {"weight": weight, "bias": bias}, x.shape[-1])
     out: Tensor = library.operators().norm_layer_forward(rows, weight, bias, scale, shift, eps)[0]
     return out.reshape(x.shape)
@@ -62,9 +66,8 @@ def residual_gate(residual: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         UserError: Shapes or dtypes do not fit.
     """
     _check_same(residual, y)
-    out: Tensor = library.operators().norm_residual_gate_forward(
-        residual, y, _modulation(residual, "gate", gate)
-    )
+    (vectors,) = _modulations(residual, {"gate": gate})
+    out: Tensor = library.operators().norm_residual_gate_forward(residual, y, vectors)
     return out
 
 
@@ -96,9 +99,8 @@ def residual_gate_layer_norm(  # noqa: PLR0913  two operations in one
     """
     _check_same(residual, y)
     _check_vectors(residual, {"weight": weight, "bias": bias}, residual.shape[-1])
-    if gate is not None:
-        gate = _modulation(residual, "gate", gate)
-    _, scale, shift = _rows(residual, scale, shift)
+    modulations = {"gate": gate, "scale": scale, "shift": shift}
+    gate, scale, shift = _modulations(residual, modulations)
     total, normed, _, _ = library.operators().norm_residual_layer_forward(
         residual, y, gate, weight, bias, scale, shift, eps
     )
@@ -163,12 +165,12 @@ class FusedLayerNorm(nn.LayerNorm):
 
     def __init__(
         self,
-        normalized_shape: int | list[int] | Size,
+        normalized_shape: int | Sequence[int],
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         memory_efficient: bool = False,
     ) -> None:
-        super().__init__(normalized_shape, eps=eps, elementwise_affine=elementwise_affine)
+        super().__init__(_size(normalized_shape), eps=eps, elementwise_affine=elementwise_affine)
         _refuse_memory_efficient(memory_efficient)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -186,12 +188,12 @@ class FusedRMSNorm(nn.RMSNorm):
 
     def __init__(
         self,
-        normalized_shape: int | list[int] | Size,
+        normalized_shape: int | Sequence[int],
         eps: float | None = 1e-5,
         elementwise_affine: bool = True,
         memory_efficient: bool = False,
     ) -> None:
-        super().__init__(normalized_shape, eps=eps, elementwise_affine=elementwise_affine)
+        super().__init__(_size(normalized_shape), eps=eps, elementwise_affine=elementwise_affine)
         _refuse_memory_efficient(memory_efficient)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,6 +201,10 @@ class FusedRMSNorm(nn.RMSNorm):
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         rows = _flat_channels(x, self.normalized_shape)
         return rms_norm(rows, _flat(self.weight), eps).reshape(x.shape)
+
+
+def _size(shape: int | Sequence[int]) -> Size:
+    return Size([shape] if isinstance(shape, int) else shape)
 
 
 def _refuse_memory_efficient(memory_efficient: bool) -> None:
@@ -222,18 +228,13 @@ def _flat_channels(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x if len(shape) == 1 else x.flatten(-len(shape))
 
 
-def _rows(
-    x: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """View tokens as (B, S, D) and modulations as (B, G, D)."""
-    _check_tokens(x)
-    if scale is None and shift is None:
-        return (x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])), None, None
-    if scale is not None:
-        scale = _modulation(x, "scale", scale)
-    if shift is not None:
-        shift = _modulation(x, "shift", shift)
-    return x, scale, shift
+def _modulations(x_BSD: Tensor, given: dict[str, Tensor | None]) -> list[Tensor | None]:
+    """View modulations as (B, G, D), all of the same G."""
+    views = {name: v if v is None else _modulation(x_BSD, name, v) for name, v in given.items()}
+    runs = {name: view.shape[1] for name, view in views.items() if view is not None}
+    if len(set(runs.values())) > 1:
+        raise UserError(f"numbers of runs differ: {runs}: give all modulations the same")
+    return list(views.values())
 
 
 def _modulation(x_BSD: Tensor, name: str, given: Tensor) -> Tensor:
