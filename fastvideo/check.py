@@ -149,13 +149,13 @@ def _attention_error(device: str, dtype: "torch.dtype") -> float:
 def _norm_error(device: str, dtype: "torch.dtype") -> float:
     import torch
 
-    from fastvideo.ops import norm
+    from fastvideo import ops
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, 1536, generator=generator).to(device, dtype)
     scale, shift = (torch.randn(1, 1, 1536, generator=generator).to(device) for _ in range(2))
-    out = norm.layer_norm(x, scale=scale, shift=shift, eps=1e-6)
-    expected = norm.layer_norm_reference(
+    out = ops.layer_norm(x, scale=scale, shift=shift, eps=1e-6)
+    expected = ops.layer_norm_reference(
         x.double(), scale=scale.double(), shift=shift.double(), eps=1e-6
     )
     return _relative(out, expected)

@@ -5,6 +5,22 @@ from contextlib import suppress
 
 from fastvideo.ops.dispatch import backends
 from fastvideo.ops.library import KernelsMissing, load_if_built
+from fastvideo.ops.norm import (
+    FusedLayerNorm,
+    FusedRMSNorm,
+    layer_norm,
+    residual_gate,
+    residual_gate_layer_norm,
+    rms_norm,
+    rms_norm_rotary,
+)
+from fastvideo.ops.norm_reference import (
+    layer_norm_reference,
+    residual_gate_layer_norm_reference,
+    residual_gate_reference,
+    rms_norm_reference,
+    rms_norm_rotary_reference,
+)
 from fastvideo.ops.tiles import (
     VSA_TILE_SIZE,
     Tiles,
@@ -32,6 +48,8 @@ from fastvideo.ops.vsa_reference import (
 
 __all__ = [
     "VSA_TILE_SIZE",
+    "FusedLayerNorm",
+    "FusedRMSNorm",
     "KernelsMissing",
     "Tiles",
     "backends",
@@ -44,9 +62,19 @@ __all__ = [
     "get_non_pad_index",
     "get_reverse_tile_partition_indices",
     "get_tile_partition_indices",
+    "layer_norm",
+    "layer_norm_reference",
     "num_selected",
     "ragged_sparse_attn",
     "ragged_sparse_attn_reference",
+    "residual_gate",
+    "residual_gate_layer_norm",
+    "residual_gate_layer_norm_reference",
+    "residual_gate_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "rms_norm_rotary",
+    "rms_norm_rotary_reference",
     "selected_tiles",
     "selected_tiles_reference",
     "video_sparse_attn",

@@ -18,8 +18,6 @@ from torch import Size, Tensor, nn
 from fastvideo.errors import UserError
 from fastvideo.ops import library, norm_autograd  # noqa: F401  gradients of the operators
 
-library.load_if_built()
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
