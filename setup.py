@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -53,6 +54,8 @@ AVX512 = [
     "-mprefer-vector-width=512",
 ]
 X86_ISAS = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+SANITIZERS += ["-fno-sanitize-recover=undefined"]
 ISAS = X86_ISAS if platform.machine() == "x86_64" else {"generic": []}
 
 
@@ -325,6 +328,44 @@ class BuildEmulator(Command):
         library.build(link_flags(torch))
 
 
+class BuildChecked(Command):
+    """``build_checked``: the CPU kernels with sanitizers, for the tests.
+
+    avx2.so is what most processors run. wide.so computes with vectors of 16 and multiplies pairs of
+    bfloat16, as AVX512-BF16 does, but in instructions that every processor has.
+    """
+
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None:
+        """No options."""
+
+    def finalize_options(self) -> None:
+        """No options."""
+
+    def run(self) -> None:
+        """Compile build/checked/avx2.so, where this processor is an x86, and wide.so."""
+        torch = find_torch()
+        wide = ["-DFASTVIDEO_WIDE", "-DFASTVIDEO_PORTABLE_PAIRS"]
+        variants = {"avx2": AVX2, "wide": wide} if "avx2" in ISAS else {"wide": wide}
+        compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *SANITIZERS, *torch_flags(torch)]
+        # Both come as the build called generic.
+        compiler += ["-DFASTVIDEO_ONE_ISA", '-DFASTVIDEO_BUILD_INFO="{}"']
+        for variant, flags in variants.items():
+            folder = Path("build") / "checked"
+            library = Library(folder / f"{variant}.so", folder / "objects")
+            for source in sorted(CSRC.rglob("*.cpp")):
+                if source.is_relative_to(CSRC / "emulator"):
+                    continue
+                name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
+                if not source.stem.startswith("kernels_"):
+                    library.compile(compiler, source, name=name)
+                    continue
+                own = [*compiler, *flags, "-DFASTVIDEO_ISA=generic"]
+                library.compile(own, source, name=f"{name}-{variant}")
+            library.build([*SANITIZERS, *link_flags(torch)])
+
+
 class WheelOfAnyPython(bdist_wheel):
     """The library has no Python symbols: one wheel serves every Python 3 of a platform."""
 
@@ -348,6 +389,7 @@ setup(
     cmdclass={
         "build_ext": BuildKernels,
         "build_emulator": BuildEmulator,
+        "build_checked": BuildChecked,
         "bdist_wheel": WheelOfAnyPython,
     },
 )

@@ -73,10 +73,11 @@ inline void check_same_device(const Tensor& tensor, const char* name, const Tens
 }
 
 // Kernels walk the last dimension as one run of memory; the others may have any stride.
+inline bool has_dense_rows(const Tensor& tensor) {
+    return tensor.size(tensor.dim() - 1) <= 1 || tensor.stride(tensor.dim() - 1) == 1;
+}
 inline Tensor with_dense_rows(const Tensor& tensor) {
-    return tensor.size(tensor.dim() - 1) <= 1 || tensor.stride(tensor.dim() - 1) == 1
-               ? tensor
-               : torch::stable::contiguous(tensor);
+    return has_dense_rows(tensor) ? tensor : torch::stable::contiguous(tensor);
 }
 
 }  // namespace fastvideo

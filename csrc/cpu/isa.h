@@ -18,7 +18,8 @@ Isa isa();
 
 // Picks one of the tables of functions that each build of a kernel source exports:
 //   const auto& kernels = FASTVIDEO_KERNELS(vsa_kernels);   ->  fastvideo::cpu::avx2::vsa_kernels()
-#if defined(__x86_64__)
+// With FASTVIDEO_ONE_ISA there is one build, called generic, whatever its flags: for tests.
+#if defined(__x86_64__) && !defined(FASTVIDEO_ONE_ISA)
 #define FASTVIDEO_KERNELS(table)                                   \
     (::fastvideo::cpu::isa() == ::fastvideo::cpu::Isa::avx512_bf16 \
          ? ::fastvideo::cpu::avx512_bf16::table()                  \

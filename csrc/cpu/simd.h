@@ -17,7 +17,8 @@
 
 namespace fastvideo::cpu::FASTVIDEO_ISA {
 
-#if defined(__AVX512F__)
+// FASTVIDEO_WIDE tests what AVX-512 does on processors that do not have it.
+#if defined(__AVX512F__) || defined(FASTVIDEO_WIDE)
 inline constexpr int kWidth = 16;
 #else
 inline constexpr int kWidth = 8;

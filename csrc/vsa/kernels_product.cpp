@@ -105,6 +105,8 @@ void multiply_add(const Unit* a, int a_stride, const Unit* b, int b_depth, int d
     template void multiply_add(const Unit*, int, const Unit*, int, int, int, int, float*, int,     \
                                Ahead)
 FASTVIDEO_PRODUCTS(float);
+#if defined(__AVX512BF16__) || defined(FASTVIDEO_PORTABLE_PAIRS)
 FASTVIDEO_PRODUCTS(Pair);
+#endif
 
 }  // namespace fastvideo::cpu::FASTVIDEO_ISA

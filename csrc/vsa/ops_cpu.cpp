@@ -34,6 +34,14 @@ OptionalTensor contiguous_or_none(const OptionalTensor& x) {
     return x ? OptionalTensor(contiguous(*x)) : std::nullopt;
 }
 
+// Results have the layout of what they belong to; kernels could not write that of a tensor that
+// they read a `copy` of.
+Tensor in_layout_of(const Tensor& original, Tensor result, bool copy) {
+    if (!copy) return result;
+    Tensor laid_out = empty_like(original);
+    return torch::stable::copy_(laid_out, result);
+}
+
 // Tiles ascend, have 1 to 64 tokens each and stay within the tokens. `tiles` is contiguous.
 const Tile* checked_tiles(const Tensor& tiles, const char* name, int64_t num_tokens) {
     static_assert(sizeof(Tile) == 2 * sizeof(int32_t));
@@ -216,7 +224,7 @@ std::tuple<Tensor, Tensor> vsa_fine_forward(Tensor q, Tensor k, Tensor v, Tensor
     problem.out = rows_of(out);
     problem.lse = static_cast<float*>(lse.mutable_data_ptr());
     fine_forward(problem, dtype_of(q.scalar_type()));
-    return {out, lse};
+    return {in_layout_of(q, out, !has_dense_rows(q)), lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vsa_fine_backward(
@@ -256,7 +264,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vsa_fine_backward(
         problem.dgate = rows_of(dgate);
     }
     fine_backward(problem, dtype_of(q.scalar_type()));
-    return {dq, dk, dv, dcoarse, dgate};
+    return {in_layout_of(q, dq, !has_dense_rows(q)), in_layout_of(k, dk, !has_dense_rows(k)),
+            in_layout_of(v, dv, !has_dense_rows(v)),
+            coarse ? in_layout_of(*coarse, dcoarse, !coarse->is_contiguous()) : dcoarse,
+            gate ? in_layout_of(*gate, dgate, !has_dense_rows(*gate)) : dgate};
 }
 
 }  // namespace

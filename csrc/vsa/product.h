@@ -19,7 +19,7 @@ struct Pair {
 
 // Accumulators of a block, and beside them kBlockVectors loads and a broadcast, fill the registers:
 // 32 of 16 floats, 16 of 8, or with SSE2 16 of 4, where one of our vectors takes two.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(FASTVIDEO_WIDE)
 inline constexpr int kBlockRows = 12;
 #elif defined(__AVX2__) || defined(__aarch64__)
 inline constexpr int kBlockRows = 6;

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of csrc/vsa on the CPU: the operators against torch in float64, and what they refuse."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvideo.ops import Tiles, library
+from fastvideo.ops.library import operators
+from tests.unit.ops import vsa_cpu_cases as cases
+from tests.unit.ops.vsa_cpu_cases import Case, Inputs
+
+ROOT = Path(__file__).parents[3]
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+
+
+@pytest.mark.parametrize("case", cases.every_case(), ids=str)
+def test_fine_attention_is_that_of_float64(case: Case) -> None:
+    cases.check(case)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_computes_the_same(isa: str) -> None:
+    best = library.cpu_isa()
+    if ISAS.index(isa) > ISAS.index(best):
+        pytest.skip(f"this processor has no more than {best}")
+    if isa != best:  # which the other tests took
+        assert run_cases({"FASTVIDEO_CPU_ISA": isa}).splitlines() == [isa]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("variant", ["avx2", "wide"])
+def test_sanitizers_find_nothing(variant: str) -> None:
+    if variant == "avx2" and library.cpu_isa() == "generic":
+        pytest.skip("this processor has no AVX2")
+    build = [sys.executable, "setup.py", "build_checked"]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    asan = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    options = {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0"}  # Python's own leaks
+    run_cases(options, str(ROOT / "build" / "checked" / f"{variant}.so"))
+
+
+def run_cases(environment: dict[str, str], *arguments: str) -> str:
+    """Run every case in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.unit.ops.vsa_cpu_cases", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_results_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    case = Case(
+        dtype=dtype, q_sizes=(64, 9) * 6, kv_sizes=(64, 31, 64) * 3, k=5, heads=3, channels=80
+    )
+    inputs = cases.make_inputs(case)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for num_threads in (1, 2, 5, 2):
+            torch.set_num_threads(num_threads)
+            results.append(cases.run(inputs))
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        for one, other in zip(results[0], others, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_many_heads_take_turns_in_memory() -> None:
+    # Packed, they are several times what is kept in memory at once.
+    sizes = (5,) * 20
+    cases.check(Case(q_sizes=sizes, kv_sizes=sizes, k=2, batch=2, heads=13, channels=64))
+
+
+def test_results_keep_the_layout_of_the_inputs() -> None:
+    inputs = cases.make_inputs(Case(channels=16))
+    out, _, dq, dk, dv, _, dgate = cases.run(inputs)
+    assert out.stride() == dq.stride() == dgate.stride() == inputs.q.stride()
+    assert dk.stride() == dv.stride() == inputs.k.stride()
+
+
+def test_inputs_may_have_any_strides() -> None:
+    inputs = cases.make_inputs(Case(channels=16))
+
+    def sparse_rows(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT
+
+    other = replace(
+        inputs,
+        **{name: sparse_rows(getattr(inputs, name)) for name in ("q", "k", "v", "gate", "coarse")},
+        grad=inputs.grad[:, :, :1].expand_as(inputs.grad),
+        index=inputs.index.mT.contiguous().mT,
+        q_tiles=torch.cat([inputs.q_tiles, inputs.q_tiles], dim=1)[:, :2],
+    )
+    dense = replace(inputs, grad=other.grad.contiguous())
+    results = cases.run(other)
+    for ours, theirs in zip(results, cases.run(dense), strict=True):
+        assert torch.equal(ours, theirs)
+    assert results[0].stride() == torch.empty_like(other.q).stride()
+    assert results[3].stride() == torch.empty_like(other.k).stride()
+
+
+def test_work_is_that_of_tokens_not_of_slots() -> None:
+    """Of 81 frames at 480x832, 32,760 tokens in 39,936 slots, the last tiles are mostly empty."""
+    tiles = Tiles.from_geometry(21, 30, 52).table
+    assert (int(tiles[:, 1].sum()), 64 * len(tiles)) == (32760, 39936)
+    ragged = tuple(tiles[-32:, 1].tolist())
+    assert sum(ragged) < 64 * len(ragged) / 4
+    calls = [sparse_call(ragged), sparse_call((64,) * len(ragged))]
+    times: list[list[float]] = [[], []]
+    for _ in range(10):
+        for call, taken in zip(calls, times, strict=True):
+            start = time.process_time()
+            call()
+            taken.append(time.process_time() - start)
+    assert min(times[0]) < min(times[1]) / 4
+
+
+def sparse_call(sizes: tuple[int, ...]) -> Callable[[], Any]:
+    """Attention of tiles of these sizes to some of themselves."""
+    inputs = cases.make_inputs(Case(q_sizes=sizes, kv_sizes=sizes, k=16, channels=128))
+    return lambda: operators().vsa_fine_forward(*inputs.forward)
+
+
+def test_pool_is_the_mean_of_each_tile() -> None:
+    for dtype in cases.DTYPES:
+        for channels in (5, 64):
+            inputs = cases.make_inputs(
+                Case(dtype=dtype, channels=channels, q_sizes=(64, 1, 37), padding=2)
+            )
+            cases.poison(torch.empty(1, 2, 3, channels))
+            means = operators().vsa_pool(inputs.q, inputs.q_tiles)
+            for i, (first, size) in enumerate(inputs.q_tiles.tolist()):
+                wanted = inputs.q[:, :, first : first + size].double().mean(dim=2)
+                torch.testing.assert_close(means[:, :, i].double(), wanted, rtol=0, atol=1e-6)
+
+
+def test_pool_backward_shares_out_gradients_and_writes_all_rows() -> None:
+    tiles = torch.tensor([[2, 64], [70, 1], [71, 20]], dtype=torch.int32)
+    grad = torch.randn(2, 3, 3, 20)
+    for dtype in cases.DTYPES:
+        cases.poison(torch.empty((2, 3, 100, 20), dtype=dtype))
+        found = operators().vsa_pool_backward(grad, tiles, 100, dtype)
+        wanted = torch.zeros(2, 3, 100, 20)
+        for i, (first, size) in enumerate(tiles.tolist()):
+            wanted[:, :, first : first + size] = grad[:, :, i : i + 1] / size
+        torch.testing.assert_close(found, wanted.to(dtype))
+
+
+def test_topk_takes_the_lowest_of_equal_tiles_and_nan_last() -> None:
+    nan, inf = torch.nan, torch.inf
+    rows = [[1, 3, 3, 2, 3], [nan, 0.0, -0.0, nan, -inf], [nan] * 5, [inf, nan, inf, -1, inf]]
+    scores = torch.tensor(rows).reshape(1, 1, 4, 5)
+    wanted = {
+        1: [[1], [1], [0], [0]],
+        2: [[1, 2], [1, 2], [0, 1], [0, 2]],
+        3: [[1, 2, 4], [1, 2, 4], [0, 1, 2], [0, 2, 4]],
+        4: [[1, 2, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3], [0, 2, 3, 4]],
+    }
+    for k, index in wanted.items():
+        assert operators().vsa_topk(scores, k)[0, 0].tolist() == index
+
+
+def test_topk_of_random_scores_is_torchs() -> None:
+    scores = torch.randn(2, 3, 70, 300)
+    wanted = scores.topk(31, dim=3).indices.sort(dim=3).values
+    assert torch.equal(operators().vsa_topk(scores, 31), wanted.int())
+
+
+def test_maps_lists_and_inverses_agree() -> None:
+    block_map = torch.rand(2, 3, 9, 14) < 0.3
+    block_map[0, 0, 4] = False
+    index, counts = operators().vsa_map_to_index(block_map)
+    offsets, rows = operators().vsa_invert(index, counts, 14)
+    for place in ((b, h) for b in range(2) for h in range(3)):
+        for q_tile in range(9):
+            chosen = block_map[place][q_tile].nonzero().flatten().tolist()
+            assert index[place][q_tile].tolist() == chosen + [0] * (14 - len(chosen))
+            assert counts[place][q_tile] == len(chosen)
+        for kv_tile in range(14):
+            start, end = offsets[place][kv_tile : kv_tile + 2].tolist()
+            chose = block_map[place][:, kv_tile].nonzero().flatten().tolist()
+            assert rows[place][start:end].tolist() == chose
+    index = operators().vsa_topk(torch.randn(1, 1, 9, 14), 4)
+    offsets, rows = operators().vsa_invert(index, None, 14)
+    assert offsets[0, 0, -1] == rows.shape[2] == 36
+
+
+def test_tiles_chosen_twice_do_not_crash() -> None:
+    inputs = cases.make_inputs(Case(k=3))
+    for found in cases.run(replace(inputs, index=torch.zeros_like(inputs.index))):
+        assert not found.isnan().any()
+
+
+def forward(**changes: Any) -> Callable[[], Any]:
+    """A call of vsa_fine_forward with some arguments replaced."""
+    inputs = replace(cases.make_inputs(Case(k=3, counts=True)), **changes)
+    return lambda: operators().vsa_fine_forward(*inputs.forward)
+
+
+def backward(**changes: Any) -> Callable[[], Any]:
+    """A call of vsa_fine_backward with some arguments replaced."""
+    inputs: Inputs = cases.make_inputs(Case(k=3, counts=True))
+    out, lse = operators().vsa_fine_forward(*inputs.forward)
+    offsets, rows = operators().vsa_invert(inputs.index, inputs.counts, 3)
+    arguments = {
+        "grad": inputs.grad,
+        "q": inputs.q,
+        "k": inputs.k,
+        "v": inputs.v,
+        "out": out,
+        "lse": lse,
+        "index": inputs.index,
+        "counts": inputs.counts,
+        "offsets": offsets,
+        "rows": rows,
+        "q_tiles": inputs.q_tiles,
+        "kv_tiles": inputs.kv_tiles,
+        "coarse": inputs.coarse,
+        "gate": inputs.gate,
+    }
+    return lambda: operators().vsa_fine_backward(*(arguments | changes).values())
+
+
+def ints(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+X = torch.randn(1, 2, 97, 64)
+KEYS = torch.randn(1, 2, 112, 64)
+TILES = ints([0, 64], [64, 33])
+INDEX = torch.zeros(1, 2, 2, 3, dtype=torch.int32)
+COUNTS = torch.zeros(1, 2, 2, dtype=torch.int32)
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "pool axes": (lambda: operators().vsa_pool(X[0], TILES), "x has shape (2, 97, 64)"),
+    "pool empty": (lambda: operators().vsa_pool(X[:, :0], TILES), "x has shape (1, 0, 97, 64)"),
+    "pool dtype": (lambda: operators().vsa_pool(X.double(), TILES), "x is float64"),
+    "pool channels": (lambda: operators().vsa_pool(X.repeat(1, 1, 1, 5), TILES), "x has 320"),
+    "table dtype": (lambda: operators().vsa_pool(X, TILES.long()), "tiles is int64"),
+    "table shape": (lambda: operators().vsa_pool(X, TILES[:, :1]), "tiles has shape (2, 1)"),
+    "table empty": (lambda: operators().vsa_pool(X, TILES[:0]), "tiles has shape (0, 2)"),
+    "tile empty": (lambda: operators().vsa_pool(X, ints([0, 0])), "tiles[0] has 0 tokens"),
+    "tile big": (lambda: operators().vsa_pool(X, ints([0, 65])), "tiles[0] has 65 tokens"),
+    "tile before": (lambda: operators().vsa_pool(X, ints([-1, 3])), "tiles[0] begins at token -1"),
+    "tile behind": (
+        lambda: operators().vsa_pool(X, ints([90, 8])),
+        "tiles[0] ends before token 98",
+    ),
+    "tile far": (lambda: operators().vsa_pool(X, ints([2**31 - 1, 64])), "tiles[0] ends before"),
+    "overlap": (
+        lambda: operators().vsa_pool(X, ints([0, 5], [4, 5])),
+        "tiles[1] begins at token 4",
+    ),
+    "pooled dtype": (
+        lambda: operators().vsa_pool_backward(X.half(), TILES, 97, torch.half),
+        "grad is float16",
+    ),
+    "pooled tiles": (
+        lambda: operators().vsa_pool_backward(X, TILES, 97, torch.half),
+        "grad has shape (1, 2, 97, 64), expected (*, *, 2, *)",
+    ),
+    "pooled tokens": (
+        lambda: operators().vsa_pool_backward(X[:, :, :2], TILES, 96, torch.half),
+        "tiles[1] ends before token 97",
+    ),
+    "pooled result": (
+        lambda: operators().vsa_pool_backward(X[:, :, :2], TILES, 97, torch.int32),
+        "dtype is int32",
+    ),
+    "k 0": (lambda: operators().vsa_topk(X, 0), "k is 0, expected 1 to 64"),
+    "k 65": (lambda: operators().vsa_topk(X, 65), "k is 65, expected 1 to 64"),
+    "scores": (lambda: operators().vsa_topk(X.bfloat16(), 1), "scores is bfloat16"),
+    "map": (lambda: operators().vsa_map_to_index(X), "block_map is float32, expected bool"),
+    "inverse of none": (lambda: operators().vsa_invert(INDEX, None, 0), "num_kv_tiles is 0"),
+    "inverse out of range": (lambda: operators().vsa_invert(INDEX + 3, None, 3), "index holds 3"),
+    "inverse counts": (lambda: operators().vsa_invert(INDEX, COUNTS + 4, 3), "counts holds 4"),
+    "k axes": (forward(k=KEYS[:, :1]), "k has shape (1, 1, 112, 64), expected (1, 2, *, 64)"),
+    "k dtype": (forward(k=KEYS.half()), "k is float16, expected float32"),
+    "v tokens": (forward(v=KEYS[:, :, :9]), "v has shape (1, 2, 9, 64)"),
+    "index tiles": (forward(index=INDEX[:, :, :1]), "index has shape (1, 2, 1, 3)"),
+    "index dtype": (forward(index=INDEX.long()), "index is int64"),
+    "index width": (forward(index=INDEX.repeat(1, 1, 1, 2)), "index has shape (1, 2, 2, 6)"),
+    "index low": (forward(index=INDEX - 1, counts=None), "index holds -1, expected 0 to 2"),
+    "index high": (forward(index=INDEX + 3, counts=None), "index holds 3, expected 0 to 2"),
+    "counts low": (forward(counts=COUNTS - 1), "counts holds -1, expected 0 to 3"),
+    "counts shape": (forward(counts=COUNTS[0]), "counts has shape (2, 2)"),
+    "q table": (forward(q_tiles=ints([0, 64], [64, 34])), "q_tiles[1] ends before token 98"),
+    "kv table": (forward(kv_tiles=ints([0, 64], [1, 3], [9, 3])), "kv_tiles[1] begins at token 1"),
+    "coarse": (forward(coarse=X), "coarse has shape (1, 2, 97, 64), expected (1, 2, 2, 64)"),
+    "coarse dtype": (forward(coarse=X[:, :, :2].half()), "coarse is float16, expected float32"),
+    "gate": (forward(gate=X.half()), "gate is float16, expected float32"),
+    "gate alone": (forward(coarse=None), "gate is given without coarse"),
+    "grad": (backward(grad=X[:, :, :9]), "grad has shape (1, 2, 9, 64)"),
+    "out": (backward(out=X.half()), "out is float16"),
+    "lse": (backward(lse=X), "lse has shape (1, 2, 97, 64), expected (1, 2, 97)"),
+    "offsets": (backward(offsets=ints([[1, 1, 1, 1]] * 2)[None, 0]), "offsets begins with 1"),
+    "offsets fall": (
+        backward(offsets=ints([[0, 3, 1, 3]] * 2)[None, 0]),
+        "offsets holds 1 after 3",
+    ),
+    "offsets far": (backward(offsets=ints([[0, 3, 3, 7]] * 2)[None, 0]), "offsets holds 7"),
+    "offsets shape": (backward(offsets=COUNTS), "offsets has shape (1, 2, 2), expected (1, 2, 4)"),
+    "rows shape": (backward(rows=COUNTS), "rows has shape (1, 2, 2), expected (1, 2, 6)"),
+    "rows": (
+        backward(rows=torch.full((1, 2, 6), 2, dtype=torch.int32)),
+        "rows holds 2, expected 0 to 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_error_names_the_argument(name: str) -> None:
+    call, message = REFUSED[name]
+    with pytest.raises((RuntimeError, NotImplementedError)) as error:
+        call()
+    assert message in str(error.value)
