@@ -15,6 +15,7 @@ namespace fastvideo::cpu {
 struct Rows {
     void* data = nullptr;
     int64_t batch = 0, token = 0, head = 0;
+    bool streams = false;  // written past the caches, which it would not fit
 };
 
 // (D,) or (B,G,D) vectors with dense channels, float32 or of the dtype of x; data null: not given.

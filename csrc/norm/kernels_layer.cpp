@@ -99,16 +99,17 @@ void forward(const LayerForward& p, int64_t first_row, int64_t last_row) {
         const int64_t next = row + 1 < last_row ? row + 1 : row;
         const T* next_x = row_of<T>(p.x, next / p.tokens, next % p.tokens);
         const T* next_y = row_of<T>(p.y, next / p.tokens, next % p.tokens);
-        T* out = row_of<T>(p.out, batch, token);
+        const Output<T> out(p.out, batch, token);
         for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
             prefetch(next_x, d, chain);
             prefetch(next_y, d, chain);
             const Floats normed = (load(x + d, extent) - mean) * rstd;
-            store(out + d, normed * load(factor + d) + load(offset + d), extent);
+            out.set(d, normed * load(factor + d) + load(offset + d), extent);
         });
         p.mean[row] = mean;
         p.rstd[row] = rstd;
     }
+    finish_outputs();
 }
 
 // Gradients of the modulations of a group, from its sums.
@@ -160,7 +161,7 @@ void backward_token(const LayerBackward& p, int64_t batch, int64_t token, int64_
     const float mean_grad = of_grad.total() / p.dim * rstd;
     const float mean_grad_normed = of_grad_normed.total() / p.dim * rstd;
     const T *next_grad = row_of<T>(p.grad, batch, next), *next_x = row_of<T>(p.x, batch, next);
-    T* dx = row_of<T>(p.dx, batch, token);
+    const Output<T> dx(p.dx, batch, token);
     const auto dx_at = [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
         prefetch(next_grad, d, chain);
         prefetch(next_x, d, chain);
@@ -169,24 +170,23 @@ void backward_token(const LayerBackward& p, int64_t batch, int64_t token, int64_
                normed * mean_grad_normed;
     };
     if (!p.grad_sum.data) {
-        for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
-            store(dx + d, dx_at(d, chain, extent), extent);
-        });
+        for_channels(p.dim, [&](int64_t d, int chain, auto extent)
+                                FASTVIDEO_INLINE { dx.set(d, dx_at(d, chain, extent), extent); });
         return;
     }
     const T* grad_sum = row_of<T>(p.grad_sum, batch, token);
     if (!p.dgate.data) {
         for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
-            store(dx + d, dx_at(d, chain, extent) + load(grad_sum + d, extent), extent);
+            dx.set(d, dx_at(d, chain, extent) + load(grad_sum + d, extent), extent);
         });
         return;
     }
     const T* y = row_of<T>(p.y, batch, token);
-    T* dy = row_of<T>(p.dy, batch, token);
+    const Output<T> dy(p.dy, batch, token);
     for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
         const Floats g = dx_at(d, chain, extent) + load(grad_sum + d, extent);
-        store(dx + d, g, extent);
-        store(dy + d, g * load(gate + d), extent);
+        dx.set(d, g, extent);
+        dy.set(d, g * load(gate + d), extent);
         store(sums.grad_y + d, load(sums.grad_y + d) + g * load(y + d, extent));
     });
 }
@@ -231,6 +231,7 @@ void backward(const LayerBackward& p, const Split& split, int64_t first_task, in
             });
         });
     }
+    finish_outputs();
 }
 
 // Adds what the tasks left, always in the same order; for channels from `first` to `last`.
@@ -268,17 +269,22 @@ void backward_sums(const LayerBackward& p, const Split& split, int64_t first, in
 template <class T>
 void gate_forward(const GateForward& p, int64_t first_row, int64_t last_row) {
     Scratch scratch(1, p.dim);
+    float* gate = scratch[0];
     const int64_t group_rows = p.tokens / p.groups;
     int64_t widened = -1;
     for (int64_t row = first_row; row < last_row; ++row) {
         const int64_t batch = row / p.tokens, token = row % p.tokens, group = token / group_rows;
         if (widened != batch * p.groups + group) {
             widened = batch * p.groups + group;
-            widen<T>(p.gate, batch, group, p.dim, scratch[0]);
+            widen<T>(p.gate, batch, group, p.dim, gate);
         }
-        add_gated(row_of<T>(p.x, batch, token), row_of<T>(p.y, batch, token), scratch[0], p.dim,
-                  row_of<T>(p.out, batch, token));
+        const T *x = row_of<T>(p.x, batch, token), *y = row_of<T>(p.y, batch, token);
+        const Output<T> out(p.out, batch, token);
+        for_channels(p.dim, [&](int64_t d, int, auto extent) FASTVIDEO_INLINE {
+            out.set(d, load(x + d, extent) + load(y + d, extent) * load(gate + d), extent);
+        });
     }
+    finish_outputs();
 }
 
 template <class T>
@@ -293,10 +299,10 @@ void gate_backward(const GateBackward& p, const Split& split, int64_t first_task
             for (int64_t token = at.first; token < at.last; ++token) {
                 const T* grad = row_of<T>(p.grad, at.batch, token);
                 const T* y = row_of<T>(p.y, at.batch, token);
-                T* dy = row_of<T>(p.dy, at.batch, token);
+                const Output<T> dy(p.dy, at.batch, token);
                 for_channels(p.dim, [&](int64_t d, int, auto extent) FASTVIDEO_INLINE {
                     const Floats g = load(grad + d, extent);
-                    store(dy + d, g * load(gate + d), extent);
+                    dy.set(d, g * load(gate + d), extent);
                     store(sums + d, load(sums + d) + g * load(y + d, extent));
                 });
             }
@@ -310,6 +316,7 @@ void gate_backward(const GateBackward& p, const Split& split, int64_t first_task
             });
         });
     }
+    finish_outputs();
 }
 
 template <class T>

@@ -85,7 +85,7 @@ void forward(const RmsForward& p, int64_t first_token, int64_t last_token) {
                 const T* x = row_of<T>(p.x, at.batch, at.token, head);
                 const T* next_x = row_of<T>(p.x, next / p.tokens, next % p.tokens, head);
                 const float* weight = weights[0] + start;
-                T* out = row_of<T>(p.out, at.batch, at.token, head);
+                const Output<T> out(p.out, at.batch, at.token, head);
                 const auto normed_at = [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
                     prefetch(next_x, d, chain);
                     return load(x + d, extent) * rstd * load(weight + d, extent);
@@ -93,16 +93,17 @@ void forward(const RmsForward& p, int64_t first_token, int64_t last_token) {
                 if (p.rotary.cos)
                     for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
                         const Floats normed = normed_at(d, chain, extent);
-                        store(out + d, normed * load(cos + d) + swap_pairs(normed) * load(sin + d),
-                              extent);
+                        out.set(d, normed * load(cos + d) + swap_pairs(normed) * load(sin + d),
+                                extent);
                     });
                 else
                     for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
-                        store(out + d, normed_at(d, chain, extent), extent);
+                        out.set(d, normed_at(d, chain, extent), extent);
                     });
             });
         });
     }
+    finish_outputs();
 }
 
 template <class T, bool kRotary>
@@ -151,19 +152,20 @@ void backward_of(const RmsBackward& p, const Split& split, int64_t first_task, i
                     const T* next_x = row_of<T>(p.x, next / p.tokens, next % p.tokens, head);
                     const T* next_grad = row_of<T>(p.grad, next / p.tokens, next % p.tokens, head);
                     const float* weight = weights[0] + start;
-                    T* dx = row_of<T>(p.dx, at.batch, at.token, head);
+                    const Output<T> dx(p.dx, at.batch, at.token, head);
                     for_channels(p.dim, [&](int64_t d, int chain, auto extent) FASTVIDEO_INLINE {
                         prefetch(next_x, d, chain);
                         prefetch(next_grad, d, chain);
                         const Floats scaled =
                             turned_back(grad, d, extent) * load(weight + d, extent);
-                        store(dx + d, scaled * rstd - load(x + d, extent) * mean, extent);
+                        dx.set(d, scaled * rstd - load(x + d, extent) * mean, extent);
                     });
                 });
             });
         }
         if (p.dweight.data) std::copy(dweights, dweights + channels, p.task_sums + task * channels);
     }
+    finish_outputs();
 }
 
 template <class T>

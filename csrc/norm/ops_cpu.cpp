@@ -20,10 +20,16 @@ const Kernels& of_dtype(const ByDtype<Kernels>& kernels, ScalarType dtype) {
 }
 
 Rows rows_of(const Tensor& x, void* data) {
-    return {data, x.stride(0), x.stride(1), x.dim() == 4 ? x.stride(2) : 0};
+    return {data, x.stride(0), x.stride(1), x.dim() == 4 ? x.stride(2) : 0, false};
 }
 Rows read_rows(const Tensor& x) { return rows_of(x, const_cast<void*>(x.const_data_ptr())); }
-Rows write_rows(const Tensor& x) { return rows_of(x, x.mutable_data_ptr()); }
+Rows write_rows(const Tensor& x) {
+    // Larger than what is left in most processors' caches when the next operator reads it.
+    constexpr int64_t kLarge = 32 << 20;
+    Rows rows = rows_of(x, x.mutable_data_ptr());
+    rows.streams = x.numel() * static_cast<int64_t>(x.element_size()) >= kLarge;
+    return rows;
+}
 
 Vectors vectors_of(const Tensor& x, void* data) {
     const bool modulation = x.dim() == 3;

@@ -185,6 +185,17 @@ def test_kernels_equal_their_references(shape: tuple[int, int, int], dtype: torc
         check(rotary_subject(across_heads, tokens, 2, 64), dtype, narrow=True)
 
 
+def test_results_larger_than_caches_equal_their_references() -> None:
+    """What is written past the caches, wherever rows are aligned; here every second one is."""
+    torch.manual_seed(0)
+    tokens, dim = 4100, 1100
+    assert BATCH * tokens * dim * 4 > 32 << 20
+    check(residual_subject("gate scale", tokens, 1, dim), torch.float32)
+    check(layer_subject("shift", tokens, 1, dim), torch.float32)
+    check(gate_subject(tokens, 2, dim), torch.float32)
+    check(rotary_subject(True, tokens, 5, 220), torch.float32)
+
+
 def test_kernels_of_every_instruction_set_equal_their_references() -> None:
     built = library.build().cpu
     for isa in built[: built.index(library.cpu_isa())]:
