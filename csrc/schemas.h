@@ -48,12 +48,16 @@ inline constexpr const char* kSchemas[] = {
     // -> sum, normed, mean, rstd.
     "norm_residual_layer_forward(Tensor residual, Tensor y, Tensor? gate, Tensor? weight, "
     "Tensor? bias, Tensor? scale, Tensor? shift, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    // -> gradients of residual, y, gate, weight, bias, scale, shift.
+    // -> gradients of residual, y (without gate it is that of residual, and (0,) here), gate,
+    // weight,
+    // bias, scale, shift.
     "norm_residual_layer_backward(Tensor grad_sum, Tensor grad, Tensor y, Tensor sum, Tensor mean, "
     "Tensor rstd, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     // x (B,S,H,D); over D with weight (D,), or over H*D with weight (H*D,) if `across_heads`; then,
-    // where cos and sin float32 (S,D/2) are given, neighbouring pairs of channels are rotated.
+    // where cos and sin float32 (S,D/2) of any strides are given, neighbouring pairs of channels
+    // are
+    // rotated.
     // -> out, rstd float32 (B,S,H), (B,S,1) if `across_heads`.
     "norm_rms_forward(Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, bool across_heads, "
     "float eps) -> (Tensor, Tensor)",
