@@ -11,6 +11,9 @@
 
 namespace fastvideo::cuda::norm {
 
+// The widest row: 512 threads with 32 channels each.
+inline constexpr int kMaxWidth = 16384;
+
 // Tokens or heads with dense channels; strides in elements.
 struct Rows {
     void* data = nullptr;
@@ -26,25 +29,29 @@ struct Vectors {
 
 enum class Dtype { kFloat, kBFloat16, kFloat16 };
 
-// The rows of a kernel: `width` channels each, in `groups` equal runs in each of `batch` samples.
+// The rows of a kernel, in `groups` equal runs in each of `batch` samples. All of their memory, and
+// that of vectors, is in runs of eight channels at multiples of 16 bytes.
 struct Grid {
     int batch = 1, groups = 1, group_rows = 1;
-    int heads = 1;  // rows that a token is; each is normalised by itself
-    int width = 1;
+    int heads = 1;     // rows that a token is
+    int channels = 1;  // of a row, or of all heads in it
+    int width = 1;     // the same, rounded up to a multiple of eight: zeros follow the channels
     Dtype dtype = Dtype::kFloat;
-    bool aligned = false;  // whether all channels can be accessed in vectors of eight
 
     // Set by the launch: a block walks through one of the `chunks` parts of a group.
     int chunks = 1, chunk_rows = 1;
     int stages = 1;  // rows that are on the way into shared memory, or there
 
-    int64_t num_groups() const { return static_cast<int64_t>(batch) * groups; }
-    int64_t num_chunks() const { return num_groups() * chunks; }
+    constexpr int64_t num_groups() const { return static_cast<int64_t>(batch) * groups; }
+    constexpr int64_t num_chunks() const { return num_groups() * chunks; }
 };
 
-// out = (norm(x) * weight + bias) * (1 + scale) + shift. With y: `sum` = x + y * gate takes the
-// place of x. Without out: the sum only.
+// Of tokens x; of the sum x + y * gate; the sum without a norm.
+enum class ForwardMode { kLayer, kSumLayer, kSum };
+
+// out = (norm(x or sum) * weight + bias) * (1 + scale) + shift.
 struct LayerForward : Grid {
+    ForwardMode mode = ForwardMode::kLayer;
     Rows x, y, sum, out;
     Vectors gate, weight, bias, scale, shift;
     float* mean = nullptr;  // (B,S)
@@ -52,8 +59,12 @@ struct LayerForward : Grid {
     float eps = 0;
 };
 
-// With y: x is the sum, grad_sum its gradient from elsewhere. Without x: grad is that of the sum.
+// Of tokens; of a sum, to whose gradient grad_sum is added; of a sum of something + y * gate; of
+// that sum without a norm, where grad is its gradient.
+enum class BackwardMode { kLayer, kSumLayer, kGatedLayer, kGate };
+
 struct LayerBackward : Grid {
+    BackwardMode mode = BackwardMode::kLayer;
     Rows grad, grad_sum, x, y;
     const float* mean = nullptr;
     const float* rstd = nullptr;
@@ -68,14 +79,20 @@ struct LayerBackward : Grid {
     float* gate_sums = nullptr;
 };
 
-// Rows of one head each (weight (D,)), or of all heads together (weight (H*D,)); `head_dim` is D.
+// (S,D/2) of one angle for each pair of channels.
+struct Angles {
+    const float* data = nullptr;  // null: no rotation
+    int64_t token = 0, pair = 0;
+};
+
+// A norm of each row, or of each of the heads of `head_dim` channels in a row.
 struct Rms : Grid {
     int head_dim = 1;
-    bool heads_in_row = false;  // each head of a row is normalised by itself
+    bool heads_in_row = false;
     Rows x;
-    Vectors weight;
-    const float* cos = nullptr;  // (S,D/2); null: no rotation
-    const float* sin = nullptr;
+    Vectors weight;  // the channels of what is normalised
+    Angles cos, sin;
+    bool aligned_angles = false;  // whether those of four pairs can be accessed at once
 };
 
 struct RmsForward : Rms {
@@ -99,8 +116,11 @@ void layer_backward(LayerBackward arguments, const Allocate& allocate, Stream st
 void rms_forward(RmsForward arguments, Stream stream);
 void rms_backward(RmsBackward arguments, const Allocate& allocate, Stream stream);
 
-// ---- from sums over chunks to gradients of vectors ----------------------------------------------
+// ---- gradients of vectors
+// ------------------------------------------------------------------------
 
+// The sums over chunks, where the kernel that has the rows in hand lacks registers for them.
+void sum_columns(const LayerBackward& arguments, Stream stream);
 // dscale = weight * normed + bias * grad, dshift = grad, dgate = gate, summed over each group.
 void sum_groups(const LayerBackward& arguments, Stream stream);
 // dweight = (1 + scale) * normed, dbias = (1 + scale) * grad, summed over everything.

@@ -56,42 +56,24 @@ __device__ __forceinline__ void store_eight(T* to, const Float8& x) {
     }
 }
 
-// `count` channels, then zeros. Aligned: all eight or none.
-template <bool kAligned, class T>
-__device__ __forceinline__ Float8 load_channels(const T* from, int count) {
-    Float8 x = filled(0.0f);
-    if constexpr (kAligned) {
-        if (count) x = load_eight(from);
-    } else {
-#pragma unroll
-        for (int e = 0; e < kEight; ++e)
-            if (e < count) x.at[e] = to_float(from[e]);
-    }
-    return x;
-}
-
-template <bool kAligned, class T>
-__device__ __forceinline__ void store_channels(T* to, const Float8& x, int count) {
-    if constexpr (kAligned) {
-        if (count) store_eight(to, x);
-    } else {
-#pragma unroll
-        for (int e = 0; e < kEight; ++e)
-            if (e < count) to[e] = from_float<T>(x.at[e]);
-    }
+// For what is read again soon, in any memory.
+__device__ __forceinline__ void store_sums(float* to, const Float8& x) {
+    store(to, make_float4(x.at[0], x.at[1], x.at[2], x.at[3]));
+    store(to + 4, make_float4(x.at[4], x.at[5], x.at[6], x.at[7]));
 }
 
 // Channels of a vector, `otherwise` where there is none.
-template <bool kAligned, class T>
-__device__ __forceinline__ Float8 load_vector(const Vectors& vectors, int64_t offset, int count,
+template <class T>
+__device__ __forceinline__ Float8 load_vector(const Vectors& vectors, int64_t offset,
                                               float otherwise) {
     if (!vectors.data) return filled(otherwise);
     if (sizeof(T) == sizeof(float) || vectors.is_float)
-        return load_channels<kAligned>(static_cast<const float*>(vectors.data) + offset, count);
-    return load_channels<kAligned>(static_cast<const T*>(vectors.data) + offset, count);
+        return load_eight(static_cast<const float*>(vectors.data) + offset);
+    return load_eight(static_cast<const T*>(vectors.data) + offset);
 }
 
-// ---- what a block and its threads work on --------------------------------------------------------
+// ---- what a block and its threads work on
+// --------------------------------------------------------
 
 // The block's part of a group.
 struct Chunk {
@@ -118,9 +100,7 @@ struct Columns {
     __device__ __forceinline__ int first(int i) const {
         return (i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kEight;
     }
-    __device__ __forceinline__ int count(int i) const {
-        return max(0, min(kEight, width - first(i)));
-    }
+    __device__ __forceinline__ bool has(int i) const { return first(i) < width; }
 };
 
 // The row's place relative to the first of its sample.
@@ -134,39 +114,49 @@ __device__ __forceinline__ T* sample_of(const Rows& rows, int sample) {
     return static_cast<T*>(rows.data) + sample * rows.batch;
 }
 
-// A vector for each of the thread's columns: in registers, or read again where those are few.
+// Up to here a thread can keep what it needs for all of its channels.
+inline constexpr int kFewVectors = 2;
+
+// A vector for each of the thread's columns: in registers, or read again where those are many.
 template <int kVectors, class Load>
 class Kept {
   public:
-    __device__ __forceinline__ explicit Kept(Load load) : load_(load) {
+    __device__ __forceinline__ Kept(const Columns& columns, Load load) : load_(load) {
         if constexpr (kInRegisters) {
 #pragma unroll
-            for (int i = 0; i < kVectors; ++i) kept_[i] = load_(i);
+            for (int i = 0; i < kVectors; ++i)
+                if (columns.has(i)) kept_[i] = load_(i);
         }
     }
-    __device__ __forceinline__ Float8 operator[](int i) const {
-        if constexpr (kInRegisters)
+    // For columns that the thread has.
+    __device__ __forceinline__ auto operator[](int i) const {
+        if constexpr (kInRegisters) {
             return kept_[i];
-        else
+        } else {
+            // Nothing is read ahead across here: all columns at once would not fit into registers.
+            asm volatile("" ::: "memory");
             return load_(i);
+        }
     }
 
   private:
-    static constexpr bool kInRegisters = kVectors <= 2;
+    static constexpr bool kInRegisters = kVectors <= kFewVectors;
     Load load_;
-    Float8 kept_[kInRegisters ? kVectors : 1];
+    decltype(load_(0)) kept_[kInRegisters ? kVectors : 1] = {};
 };
 
 template <int kVectors, class Load>
-__device__ __forceinline__ Kept<kVectors, Load> keep(Load load) {
-    return Kept<kVectors, Load>(load);
+__device__ __forceinline__ Kept<kVectors, Load> keep(const Columns& columns, Load load) {
+    return Kept<kVectors, Load>(columns, load);
 }
 
-// ---- rows on their way in ------------------------------------------------------------------------
+// ---- rows on their way in
+// ------------------------------------------------------------------------
 
-// Reads kInputs tensors row by row. Staged: `stages` rows are under way to shared memory, where
-// each thread finds what it copied itself. Otherwise rows are read where they are, of any alignment.
-template <class T, int kVectors, bool kStaged, int kInputs>
+// Reads kInputs tensors row by row. While a thread has few vectors, `stages` rows are under way to
+// shared memory, where each thread finds what it copied itself. With more of them there is enough
+// to wait for in a single row, and it is read where it is.
+template <class T, int kVectors, int kInputs>
 class Inputs {
   public:
     template <class... EachRows>
@@ -194,15 +184,17 @@ class Inputs {
         }
     }
 
+    // Of the current row, columns that the thread has.
     __device__ __forceinline__ Float8 get(int input, int i) const {
-        const int count = columns_.count(i);
         if constexpr (kStaged)
-            return count ? load_eight(slots_ + slot(reading_, input, i)) : filled(0.0f);
+            return load_eight(slots_ + slot(reading_, input, i));
         else
-            return load_channels<false>(place(input, row_) + columns_.first(i), count);
+            return load_eight(place(input, row_) + columns_.first(i));
     }
 
   private:
+    static constexpr bool kStaged = kVectors <= kFewVectors;
+
     __device__ __forceinline__ const T* place(int input, int row) const {
         return samples_[input] + row_offset(rows_[input], chunk_.first + row, heads_);
     }
@@ -220,7 +212,7 @@ class Inputs {
                 const T* from = place(k, row);
 #pragma unroll
                 for (int i = 0; i < kVectors; ++i) {
-                    if (!columns_.count(i)) continue;
+                    if (!columns_.has(i)) continue;
                     const uint32_t to = shared_address(slots_ + slot(filling_, k, i));
 #pragma unroll
                     for (int byte = 0; byte < kEight * static_cast<int>(sizeof(T)); byte += 16)
@@ -301,47 +293,32 @@ class BlockSum {
     int turn_ = 0;
 };
 
-// ---- choosing and launching a kernel -------------------------------------------------------------
+// ---- choosing and launching a kernel
+// -------------------------------------------------------------
 
-// Wider rows need more channels per thread; more than two vectors do not leave registers for
-// everything that a kernel would like to keep.
+// Threads of a block, for wider rows with more channels each.
 template <int kVectors>
-inline constexpr int kMaxThreads = kVectors == 1 ? 256 : kVectors == 2 ? 384 : 512;
-inline constexpr int kMaxWidth = kMaxThreads<4> * 4 * kEight;
-// Up to here a thread has at most two vectors.
-inline constexpr int kMaxNarrowWidth = kMaxThreads<2> * 2 * kEight;
+inline constexpr int kMaxThreads = kVectors == 1   ? 256
+                                   : kVectors == 2 ? 384
+                                                   : 512;
+static_assert(kMaxWidth == kMaxThreads<4> * 4 * kEight);
 
-template <class Type, int vectors, bool staged>
+template <class Type, int vectors>
 struct Variant {
     using T = Type;
     static constexpr int kVectors = vectors;
-    static constexpr bool kStaged = staged;
 };
-
-inline int threads_for(int width, int vectors) {
-    const int lanes = (width + vectors * kEight - 1) / (vectors * kEight);
-    return (lanes + 31) / 32 * 32;
-}
-
-inline size_t stage_bytes(int width, int vectors, int inputs, size_t element_bytes) {
-    return static_cast<size_t>(threads_for(width, vectors)) * vectors * kEight * inputs *
-           element_bytes;
-}
 
 // Calls `function` with the variant for these rows.
 template <class Function>
-void with_variant(const Grid& grid, int inputs, const Function& function) {
+void with_variant(const Grid& grid, const Function& function) {
     auto with_type = [&]<class T>(T) {
-        const bool fits = BlockSum::kSharedBytes + stage_bytes(grid.width, 4, inputs, sizeof(T)) <=
-                          max_shared_bytes();
-        if (!grid.aligned || (grid.width > kMaxNarrowWidth && !fits))
-            function(Variant<T, 4, false>{});
-        else if (grid.width > kMaxNarrowWidth)
-            function(Variant<T, 4, true>{});
+        if (grid.width > kMaxThreads<2> * 2 * kEight)
+            function(Variant<T, 4>{});
         else if (grid.width > kMaxThreads<1> * kEight)
-            function(Variant<T, 2, true>{});
+            function(Variant<T, 2>{});
         else
-            function(Variant<T, 1, true>{});
+            function(Variant<T, 1>{});
     };
     if (grid.dtype == Dtype::kFloat)
         with_type(float{});
@@ -349,6 +326,11 @@ void with_variant(const Grid& grid, int inputs, const Function& function) {
         with_type(BFloat16{});
     else
         with_type(Float16{});
+}
+
+inline int threads_for(int width, int vectors) {
+    const int lanes = (width + vectors * kEight - 1) / (vectors * kEight);
+    return (lanes + 31) / 32 * 32;
 }
 
 // Cuts groups into chunks so that the block with the most to do has as little as possible, where
@@ -373,17 +355,17 @@ struct Shape {
     size_t shared_bytes;
 };
 
-// Sets stages and chunks. Shared memory is kept to half of what a multiprocessor of the smallest
-// kind has for one block on the largest, so that two blocks fit there.
+// Sets stages and chunks. Shared memory stays within what every device has, so that two blocks fit
+// on the larger ones.
 template <class V, class Kernel>
-Shape plan(Grid& grid, V, int inputs, Kernel kernel, int start_rows) {
+Shape plan(Grid& grid, V, int inputs, Kernel* kernel, int start_rows) {
     constexpr size_t kBudget = 96 * 1024;
     Shape shape{threads_for(grid.width, V::kVectors), BlockSum::kSharedBytes};
-    if constexpr (V::kStaged) {
-        const size_t bytes =
-            stage_bytes(grid.width, V::kVectors, inputs, sizeof(typename V::T));
-        grid.stages = static_cast<int>(std::clamp<size_t>(kBudget / bytes, 1, kMaxStages));
-        shape.shared_bytes += grid.stages * bytes;
+    if constexpr (V::kVectors <= kFewVectors) {
+        const size_t stage = static_cast<size_t>(shape.threads) * V::kVectors * kEight * inputs *
+                             sizeof(typename V::T);
+        grid.stages = static_cast<int>(std::clamp<size_t>(kBudget / stage, 1, kMaxStages));
+        shape.shared_bytes += grid.stages * stage;
     }
     const int resident = blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes);
     cut(grid, static_cast<int64_t>(resident) * num_multiprocessors(), start_rows);
