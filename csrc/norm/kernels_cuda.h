@@ -116,8 +116,7 @@ void layer_backward(LayerBackward arguments, const Allocate& allocate, Stream st
 void rms_forward(RmsForward arguments, Stream stream);
 void rms_backward(RmsBackward arguments, const Allocate& allocate, Stream stream);
 
-// ---- gradients of vectors
-// ------------------------------------------------------------------------
+// ---- gradients of vectors ---------------------------------------------------------------------
 
 // The sums over chunks, where the kernel that has the rows in hand lacks registers for them.
 void sum_columns(const LayerBackward& arguments, Stream stream);

@@ -10,57 +10,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/channels.h"
 #include "cuda/device.h"
 #include "cuda/launch.h"
 #include "norm/kernels_cuda.h"
 
 namespace fastvideo::cuda::norm {
 
-inline constexpr int kEight = 8;
 inline constexpr int kMaxStages = 4;
-
-// ---- eight channels ----------------------------------------------------------------------------
-
-struct Float8 {
-    float at[kEight];
-};
-
-__device__ __forceinline__ Float8 filled(float value) {
-    Float8 all;
-#pragma unroll
-    for (int e = 0; e < kEight; ++e) all.at[e] = value;
-    return all;
-}
-
-template <class T>
-__device__ __forceinline__ Float8 load_eight(const T* from) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-        const float4 a = load<float4>(from), b = load<float4>(from + 4);
-        return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
-    } else {
-        const uint4 bits = load<uint4>(from);
-        const float2 a = unpack<T>(bits.x), b = unpack<T>(bits.y), c = unpack<T>(bits.z),
-                     d = unpack<T>(bits.w);
-        return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
-    }
-}
-
-template <class T>
-__device__ __forceinline__ void store_eight(T* to, const Float8& x) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-        store_once(to, make_float4(x.at[0], x.at[1], x.at[2], x.at[3]));
-        store_once(to + 4, make_float4(x.at[4], x.at[5], x.at[6], x.at[7]));
-    } else {
-        store_once(to, make_uint4(pack<T>(x.at[0], x.at[1]), pack<T>(x.at[2], x.at[3]),
-                                  pack<T>(x.at[4], x.at[5]), pack<T>(x.at[6], x.at[7])));
-    }
-}
-
-// For what is read again soon, in any memory.
-__device__ __forceinline__ void store_sums(float* to, const Float8& x) {
-    store(to, make_float4(x.at[0], x.at[1], x.at[2], x.at[3]));
-    store(to + 4, make_float4(x.at[4], x.at[5], x.at[6], x.at[7]));
-}
 
 // Channels of a vector, `otherwise` where there is none.
 template <class T>
@@ -72,8 +29,7 @@ __device__ __forceinline__ Float8 load_vector(const Vectors& vectors, int64_t of
     return load_eight(static_cast<const T*>(vectors.data) + offset);
 }
 
-// ---- what a block and its threads work on
-// --------------------------------------------------------
+// ---- what a block works on --------------------------------------------------------------------
 
 // The block's part of a group.
 struct Chunk {
@@ -150,8 +106,7 @@ __device__ __forceinline__ Kept<kVectors, Load> keep(const Columns& columns, Loa
     return Kept<kVectors, Load>(columns, load);
 }
 
-// ---- rows on their way in
-// ------------------------------------------------------------------------
+// ---- rows on their way in ---------------------------------------------------------------------
 
 // Reads kInputs tensors row by row. While a thread has few vectors, `stages` rows are under way to
 // shared memory, where each thread finds what it copied itself. With more of them there is enough
@@ -293,8 +248,7 @@ class BlockSum {
     int turn_ = 0;
 };
 
-// ---- choosing and launching a kernel
-// -------------------------------------------------------------
+// ---- choosing and launching a kernel ----------------------------------------------------------
 
 // Threads of a block, for wider rows with more channels each.
 template <int kVectors>

@@ -13,8 +13,7 @@ namespace {
 
 using namespace fastvideo::norm;
 
-// ---- tensors as the kernels see them
-// -------------------------------------------------------------
+// ---- tensors as the kernels see them ----------------------------------------------------------
 
 constexpr int64_t kEight = 8;
 

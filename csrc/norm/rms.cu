@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kMaxThreads<kVectors>)
     T* const dxs = sample_of<T>(p.dx, chunk.sample);
     for (int r = 0; r < chunk.rows; ++r) {
         const int row = chunk.first + r;
-        float rstd[kVectors];
+        float rstd[kVectors] = {};
 #pragma unroll
         for (int i = 0; i < kVectors; ++i)
             if (columns.has(i))
