@@ -56,6 +56,15 @@ inline int num_multiprocessors() { return 3; }
 // 10 * major + minor.
 inline int compute_capability() { return 90; }
 
+// Dynamic shared memory that a block may have.
+inline size_t max_shared_bytes() { return emulator::kMaxSharedBytes; }
+
+// Blocks of a kernel that a multiprocessor runs at the same time.
+template <class Kernel>
+int blocks_per_multiprocessor(Kernel*, int, size_t) {
+    return 1;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
             Arguments&&... arguments) {
@@ -104,14 +113,34 @@ inline int compute_capability() {
            attribute_of_current_device(cudaDevAttrComputeCapabilityMinor);
 }
 
+// Dynamic shared memory that a block may have.
+inline size_t max_shared_bytes() {
+    return static_cast<size_t>(
+        attribute_of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+// Kernels are to say so if they want more shared memory than all devices have.
+inline void allow_shared(const void* kernel, size_t bytes) {
+    constexpr size_t kWithoutAsking = 48 * 1024;
+    if (bytes > kWithoutAsking)
+        FASTVIDEO_CUDA_CHECK(cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+// Blocks of a kernel that a multiprocessor runs at the same time.
+template <class Kernel>
+int blocks_per_multiprocessor(Kernel* kernel, int threads, size_t shared_bytes) {
+    allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
+    int blocks = 0;
+    FASTVIDEO_CUDA_CHECK(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+    return blocks;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             Stream stream, Arguments&&... arguments) {
-    constexpr size_t kWithoutAsking = 48 * 1024;
-    if (shared_bytes > kWithoutAsking)
-        FASTVIDEO_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  static_cast<int>(shared_bytes)));
+    allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
     std::tuple<std::decay_t<Parameters>...> given(std::forward<Arguments>(arguments)...);
     std::apply(
         [&](auto&... values) {

@@ -169,6 +169,20 @@ inline int __all_sync(unsigned mask, int predicate) {
     return fastvideo::emulator::ballot("__all_sync", mask, !predicate) == 0;
 }
 
+inline int __reduce_add_sync(unsigned mask, int value) {
+    struct Sum {
+        int given, all;
+    } mine{value, 0};
+    fastvideo::emulator::warp_collective("__reduce_add_sync", mask, mine, [](Sum* const* lanes) {
+        int all = 0;
+        for (unsigned lane = 0; lane < 32; ++lane)
+            if (lanes[lane]) all += lanes[lane]->given;
+        for (unsigned lane = 0; lane < 32; ++lane)
+            if (lanes[lane]) lanes[lane]->all = all;
+    });
+    return mine.all;
+}
+
 // ---- atomics -----------------------------------------------------------------------------------
 
 template <class T>
