@@ -123,7 +123,7 @@ __device__ __forceinline__ void pin([[maybe_unused]] Register (&registers)[n]) {
 
 // The operands behind the accumulators are: whether to accumulate, B's descriptor, whether B is
 // transposed, A. 1, 1: neither A nor B is negated. A in shared memory is never transposed (the 0).
-#define FASTVIDEO_WGMMA(N, D, OUTPUTS, P, BD, TRANSPOSED, A, TYPES, AFTER_SIGNS, INPUTS)          \
+#define FASTVIDEO_WGMMA(N, D, OUTPUTS, P, BD, TRANSPOSED, A, TYPES, AFTER_SIGNS, INPUTS)         \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P                                           \
                  ", 0;\n"                                                                        \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPES " {" D "}, " A ", " BD  \

@@ -401,6 +401,7 @@ void* block_state(std::type_index key, std::shared_ptr<void> (*make)()) {
 }
 
 unsigned char* dynamic_shared() { return running_block->shared(); }
+size_t shared_bytes() { return running_block->shared_bytes(); }
 
 uint32_t shared_address(const void* pointer) {
     const auto offset = static_cast<const unsigned char*>(pointer) - running_block->shared();

@@ -81,6 +81,7 @@ T& block_state() {
 
 // Dynamic shared memory of the block, aligned to 1024 bytes.
 unsigned char* dynamic_shared();
+size_t shared_bytes();
 // Addresses of the shared window, as 32-bit numbers; 0 is not one of them.
 uint32_t shared_address(const void* pointer);
 // The memory at an address, checked.

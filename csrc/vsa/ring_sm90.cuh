@@ -13,12 +13,13 @@
 #include "cuda/wgmma.h"
 #include "vsa/fine.h"
 
-namespace fastvideo::vsa {
+namespace fastvideo::vsa::sm90 {
 
 using cuda::Mbarrier;
 
 inline constexpr int kTileRows = 64;
-inline constexpr int kStep = 16;  // rows of a tile that are computed or left out together
+inline constexpr int kNoTile = -1;
+inline constexpr int kStep = 16;  // rows of a product over rows, and of a copy of part of a tile
 inline constexpr int kWarp = 32;
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kMaxSharedBytes = 232448;  // of a block
@@ -33,8 +34,9 @@ struct TileMaps {
     CUtensorMap whole, step;
 };
 
-// A row of a tile table, whatever it holds; kernels cannot refuse one.
+// A row of a tile table, whatever it holds: kernels cannot refuse one. No token for kNoTile.
 __device__ __forceinline__ Tile tile_at(const Tile* tiles, int index, int num_tokens) {
+    if (index == kNoTile) return {0, 0};
     const int2 given = cuda::load<int2>(tiles + index);
     const int tokens = min(max(given.y, 1), min(kTileRows, num_tokens));
     return {min(max(given.x, 0), num_tokens - tokens), tokens};
@@ -115,14 +117,14 @@ class Union {
     // False at the end.
     __device__ __forceinline__ bool next(int& tile, uint32_t& owners) {
         int head[kLists];
-        tile = kNone;
+        tile = kNoMore;
 #pragma unroll
         for (int i = 0; i < kLists; ++i) {
             head[i] = __shfl_sync(cuda::kAllLanes, fetched_[i], position_[i] % kWarp);
             tile = min(tile, head[i]);
         }
         owners = 0;
-        if (tile == kNone) return false;
+        if (tile == kNoMore) return false;
 #pragma unroll
         for (int i = 0; i < kLists; ++i) {
             if (head[i] != tile) continue;
@@ -133,44 +135,41 @@ class Union {
     }
 
   private:
-    static constexpr int kNone = 0x7fffffff;
+    static constexpr int kNoMore = 0x7fffffff;
 
     __device__ __forceinline__ void fetch(int which) {
         const int i = position_[which] + static_cast<int>(threadIdx.x % kWarp);
-        fetched_[which] =
-            i < length_[which] ? min(max(entries_[which][i], 0), last_) : kNone;
+        fetched_[which] = i < length_[which] ? min(max(entries_[which][i], 0), last_) : kNoMore;
     }
 
     const int32_t* entries_[kLists];
     int length_[kLists], position_[kLists], fetched_[kLists], last_;
 };
 
-// A warp's work: what `items` of this block need. `begin(item, walk)` sets the lists and
-// `copy(item, index of tile, tokens of it, stage)` arrives at `landed`, with index -1 at the end.
+// A warp's work. `begin(item, walk)` sets the lists of one of this block's items; `copy(item, tile,
+// stage)` writes its number of tokens and starts copies that end in arrivals at `landed`. At the
+// end comes kNoTile, which has no token.
 template <int kLists, int kStages, class Begin, class Copy>
 __device__ __forceinline__ void produce(Ring<kStages>& ring, int items, Begin begin, Copy copy) {
     Cursor<kStages> at;
-    const auto put = [&](int item, Tile tile, uint32_t owners) {
+    const auto put = [&](int item, int tile, uint32_t owners) {
         cuda::wait(ring.empty[at.stage], at.parity ^ 1);
-        if (threadIdx.x % kWarp == 0) {
-            ring.tokens[at.stage] = tile.tokens;
-            ring.owners[at.stage] = owners;
-        }
+        if (threadIdx.x % kWarp == 0) ring.owners[at.stage] = owners;
         copy(item, tile, at.stage);
         at.advance();
     };
     Union<kLists> walk;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const auto tile_of = begin(item, walk);
-        int index;
-        for (uint32_t owners; walk.next(index, owners);) put(item, tile_of(index), owners);
+        begin(item, walk);
+        int tile;
+        for (uint32_t owners; walk.next(tile, owners);) put(item, tile, owners);
     }
-    put(0, Tile{0, 0}, 0);
+    put(0, kNoTile, 0);
 }
 
-// Another warp's work: zeroes the rows past a tile's tokens up to the end of a step. They hold
-// other tiles or padding, which may be infinite or NaN, and a weight of 0 does not keep these out
-// of a product.
+// Another warp's work: zeroes what is computed of a tile past its tokens. There are other tiles,
+// padding or what a stage held before, which may be infinite or NaN, and a weight of 0 does not
+// keep these out of a product.
 template <int D, int kStages>
 __device__ __forceinline__ void zero_ends(Ring<kStages>& ring, unsigned char* stages) {
     constexpr int kBoxes = 2 * D / cuda::kBoxColumns;  // of both tiles
@@ -179,7 +178,8 @@ __device__ __forceinline__ void zero_ends(Ring<kStages>& ring, unsigned char* st
     for (Cursor<kStages> at;; at.advance()) {
         cuda::wait(ring.landed[at.stage], at.parity);
         const int tokens = ring.tokens[at.stage];
-        const int vectors = (steps_of(tokens) * kStep - tokens) * kVectors;
+        const int end = tokens > kTileRows / 2 ? kTileRows : kTileRows / 2;
+        const int vectors = tokens > 0 ? (end - tokens) * kVectors : 0;
         for (int i = lane; i < vectors; i += kWarp) {
             const int row = tokens + i / kVectors, vector = i % kVectors;
             unsigned char* box = stages + (at.stage * kBoxes + vector / 8) * kBoxBytes;
@@ -242,19 +242,14 @@ struct Steps {
     static constexpr int kSteps = count;
 };
 
-// Calls `use` with the number of steps that hold tokens as a type.
+// Calls `use` with the number of steps to compute as a type: all of a tile's, or half of them where
+// the rest holds no token. ptxas gives up on products in the background (C7511) with more cases.
 template <class Use>
 __device__ __forceinline__ void with_steps_of(int tokens, Use use) {
-    switch (steps_of(tokens)) {
-        case 1:
-            return use(Steps<1>{});
-        case 2:
-            return use(Steps<2>{});
-        case 3:
-            return use(Steps<3>{});
-        default:
-            return use(Steps<4>{});
-    }
+    if (tokens > kTileRows / 2)
+        use(Steps<kTileRows / kStep>{});
+    else
+        use(Steps<kTileRows / 2 / kStep>{});
 }
 
-}  // namespace fastvideo::vsa
+}  // namespace fastvideo::vsa::sm90
