@@ -209,6 +209,18 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, boo
 #endif
 }
 
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_async_4(uint32_t to, const void* from, bool valid = true) {
+#ifdef FASTVIDEO_EMULATOR
+    emulator::copy_async(to, from, 4, valid);
+#else
+    const int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes)
+                 : "memory");
+#endif
+}
+
 // Ends a group of copies.
 __device__ __forceinline__ void copy_async_commit() {
 #ifdef FASTVIDEO_EMULATOR
