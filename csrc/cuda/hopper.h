@@ -113,19 +113,8 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, in
 #endif
 }
 
-// Copies 4 bytes from global to shared memory, or writes zeros there and reads nothing.
-__device__ __forceinline__ void copy_async_4(uint32_t to, const void* from, bool valid) {
-#ifdef FASTVIDEO_EMULATOR
-    emulator::copy_async_4(to, from, valid);
-#else
-    const int bytes = valid ? 4 : 0;
-    asm volatile("cp.async.ca.shared::cta.global [%0], [%1], 4, %2;" ::"r"(to),
-                 "l"(__cvta_generic_to_global(from)), "r"(bytes)
-                 : "memory");
-#endif
-}
-
-// Arrives when the calling thread's copies so far have landed; one of the barrier's `count`.
+// Arrives when the calling thread's ordinary copies (copy_async_4 and _16) so far have landed; one
+// of the barrier's `count`.
 __device__ __forceinline__ void arrive_after_copies(Mbarrier& barrier) {
 #ifdef FASTVIDEO_EMULATOR
     emulator::arrive_after_copies(barrier.state);

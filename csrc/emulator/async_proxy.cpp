@@ -6,7 +6,6 @@
 #include <bit>
 #include <cstring>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "emulator/engine.h"
@@ -57,14 +56,6 @@ void write_as_async_proxy(uint32_t address, const void* from, size_t bytes) {
     std::memcpy(shared_pointer(address, bytes, 1, "bulk copy"), from, bytes);
     std::memcpy(block_state<AsyncView>().at(address), from, bytes);
 }
-
-struct Copy {
-    uint32_t to;
-    const void* from;
-};
-struct CopiesOfThreads {
-    std::unordered_map<unsigned, std::vector<Copy>> of;
-};
 
 // 8 neighbouring channels, zeros where the tensor has none.
 void read_vector(const CUtensorMap& map, std::array<int64_t, 4> place, uint16_t (&vector)[8]) {
@@ -156,27 +147,8 @@ void copy_box(uint32_t to, const CUtensorMap& map, std::array<int, 4> first, uin
     });
 }
 
-void copy_async_4(uint32_t to, const void* from, bool valid) {
-    shared_pointer(to, 4, 4, "cp.async");
-    check_aligned(from, 4, "cp.async");
-    block_state<CopiesOfThreads>().of[thread()].push_back({to, valid ? from : nullptr});
-}
-
 void arrive_after_copies(uint64_t& barrier) {
-    std::vector<Copy> copies = std::move(block_state<CopiesOfThreads>().of[thread()]);
-    block_state<CopiesOfThreads>().of[thread()].clear();
-    defer([copies = std::move(copies), &barrier] {
-        for (const Copy& copy : copies) {
-            unsigned char* to = shared_pointer(copy.to, 4, 4, "cp.async");
-            if (copy.from) {
-                std::memcpy(to, copy.from, 4);
-                counters().async_bytes += 4;
-            } else {
-                std::memset(to, 0, 4);
-            }
-        }
-        mbarrier_arrive(barrier, 0);
-    });
+    copy_async_then([&barrier] { mbarrier_arrive(barrier, 0); });
 }
 
 }  // namespace fastvideo::emulator

@@ -455,4 +455,18 @@ void copy_async_wait(size_t pending) {
     for (; groups.size() > pending; groups.pop_front()) running_block->complete(groups.front());
 }
 
+void copy_async_then(std::function<void()> effect) {
+    Thread& thread = running_block->current();
+    std::vector<Copy> copies;
+    thread.groups.push_back(std::move(thread.open_group));
+    thread.open_group.clear();
+    for (std::vector<Copy>& group : thread.groups)
+        copies.insert(copies.end(), group.begin(), group.end());
+    thread.groups.clear();
+    defer([copies = std::move(copies), effect = std::move(effect)] {
+        running_block->complete(copies);
+        effect();
+    });
+}
+
 }  // namespace fastvideo::emulator

@@ -30,7 +30,6 @@ void fence_proxy_async();
 void encode_tensor_map(CUtensorMap& map, const void* base, const uint64_t (&sizes)[4],
                        const uint64_t (&strides)[3], const uint32_t (&box)[4]);
 void copy_box(uint32_t to, const CUtensorMap& map, std::array<int, 4> first, uint64_t& barrier);
-void copy_async_4(uint32_t to, const void* from, bool valid);
 void arrive_after_copies(uint64_t& barrier);
 
 void wgmma_fence();
