@@ -242,12 +242,19 @@ def add_cpu(library: Library, torch: Path, *, extra: list[str]) -> None:
             )
 
 
+def sm90_flags() -> list[str]:
+    """What tells sources that the kernels for 9.0a alone are part of the build."""
+    return ["-DFASTVIDEO_SM90"] if any(CSRC.rglob("*_sm90.cu")) else []
+
+
 def add_cuda(library: Library, torch: Path, cuda: Cuda) -> None:
     """Add the CUDA sources; those called *_sm90.cu exist for that architecture only."""
     compiler = [str(cuda.nvcc), *NVCC_FLAGS, *torch_flags(torch), "-DUSE_CUDA"]
     compiler[compiler.index("-isystem") : compiler.index("-isystem") + 2] = [
         f"-isystem={torch / 'include'}"
     ]
+    if cuda.gencode(only="90a"):
+        compiler += sm90_flags()
     for source in sorted(CSRC.rglob("*.cu")):
         gencode = cuda.gencode(only="90a" if source.stem.endswith("_sm90") else "")
         name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
@@ -313,7 +320,7 @@ class BuildEmulator(Command):
         library = Library(folder / "_emulator.so", folder / "objects")
         compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *torch_flags(torch)]
         # Registers and stacks hold huge numbers until they are written.
-        compiler += ["-DFASTVIDEO_EMULATOR", "-DFASTVIDEO_SM90", "-ftrivial-auto-var-init=pattern"]
+        compiler += ["-DFASTVIDEO_EMULATOR", "-ftrivial-auto-var-init=pattern", *sm90_flags()]
         for source in sorted((*CSRC.rglob("*.cu"), *(CSRC / "emulator").rglob("*.cpp"))):
             name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
             library.compile([*compiler, "-x", "c++"], source, name=name)

@@ -5,7 +5,7 @@
 // With P the weights and dP = grad * v^T, the gradient of the scores is dS = P (dP - delta); then
 // dq = dS * k, dk = dS^T * q and dv = P^T * grad. Scores are computed anew, 16x16 at a time.
 
-#include "cuda/launch.h"
+#include "vsa/fine_cuda.h"
 #include "vsa/fine_mma.cuh"
 
 namespace fastvideo::vsa {

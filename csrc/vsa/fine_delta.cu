@@ -2,7 +2,7 @@
 // What the backward of the fine attention needs first: delta, the sum over channels of grad times
 // the attention's own output, and on the way the gradients of coarse and gate.
 
-#include "cuda/launch.h"
+#include "vsa/fine_cuda.h"
 #include "vsa/fine_mma.cuh"
 
 namespace fastvideo::vsa {

@@ -2,7 +2,7 @@
 // Forward of the fine attention by mma.sync: softmax over the key tiles of a list, kept up tile by
 // tile in base 2.
 
-#include "cuda/launch.h"
+#include "vsa/fine_cuda.h"
 #include "vsa/fine_mma.cuh"
 
 namespace fastvideo::vsa {
