@@ -195,7 +195,7 @@ void Block::run() {
         for (unsigned warp : warps) {
             progress |= run_warp(warp);
             if (error_) std::rethrow_exception(error_);
-            if (!effects_.empty() && ends_early()) run_effect();
+            if (!effects_.empty() && ends_early()) progress |= run_effect();
         }
         if (!progress && !run_effect()) report_deadlock();
     }

@@ -22,8 +22,8 @@ struct Mistakes {
 
 constexpr uint32_t kBox = 64 * kBoxRowBytes;
 
-// d (64xN) = a (64x64) * b, where b is (N,64), rows by channels, or (64,N), channels by rows. A comes
-// from shared memory, or through registers.
+// d (64xN) = a (64x64) * b, where b is (N,64), rows by channels, or (64,N), channels by rows. A
+// comes from shared memory, or through registers.
 template <class T, int N, B layout, bool a_in_registers>
 __global__ void product(const __grid_constant__ CUtensorMap a_map,
                         const __grid_constant__ CUtensorMap b_map, float* out, Mistakes mistakes) {
@@ -120,8 +120,7 @@ void run_product(const void* a, const void* b, float* out, bool a_in_registers,
     const bool is_bf16 = __is_same(T, BFloat16);
     const bool transposed = layout == B::kChannelsByRows;
     const CUtensorMap a_map = map_of(a, 64, 64, is_bf16, 64);
-    const CUtensorMap b_map =
-        map_of(b, transposed ? 64 : N, transposed ? N : 64, is_bf16, 64);
+    const CUtensorMap b_map = map_of(b, transposed ? 64 : N, transposed ? N : 64, is_bf16, 64);
     launch(a_in_registers ? product<T, N, layout, true> : product<T, N, layout, false>, 1, 128,
            3 * kBox + 64, Stream{}, a_map, b_map, out, mistakes);
 }
@@ -168,9 +167,12 @@ FASTVIDEO_EXPORT const char* fastvideo_emulator_wgmma(const void* a, const void*
     return error_of([&] {
         const auto makes = [&](const char* name) { return std::strcmp(mistake, name) == 0; };
         const Mistakes mistakes{
-            makes("no wait for copies"),    makes("no wait for product"),
-            makes("no fence of registers"), makes("no fence of proxy"),
-            makes("too many bytes"),        makes("overwrites a"),
+            makes("no wait for copies"),
+            makes("no wait for product"),
+            makes("no fence of registers"),
+            makes("no fence of proxy"),
+            makes("too many bytes"),
+            makes("overwrites a"),
             makes("no commit"),
         };
         const auto run = [&](auto function) {

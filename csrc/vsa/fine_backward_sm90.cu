@@ -82,11 +82,11 @@ __device__ __forceinline__ void add_queries(float (&dq)[D / 2], const uint32_t (
     cuda::pin(dp);
 #pragma unroll
     for (int i = 0; i < 8 * kSteps; ++i) s[i] *= dp[i] - delta[i / 2 % 2];
-    if (tokens < kStep * kSteps) {
+    // Past the tokens keys are 0, but P may be infinite. Without a branch: ptxas would let products
+    // wait for each other (C7511).
 #pragma unroll
-        for (int i = 8 * (kSteps - 2); i < 8 * kSteps; ++i)
-            if (i / 4 * 8 + first_column() + i % 2 >= tokens) s[i] = 0.0f;
-    }
+    for (int i = 8 * (kSteps - 2); i < 8 * kSteps; ++i)
+        s[i] = i / 4 * 8 + first_column() + i % 2 < tokens ? s[i] : 0.0f;
     pack_operand<T, kSteps>(ds, s);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) cuda::pin(ds[step]);
@@ -385,6 +385,7 @@ void launch_backward(const FineBackward& p, cuda::Stream stream) {
 }  // namespace sm90
 
 void backward_sm90(const FineBackward& p, cuda::Stream stream) {
+    backward_delta(p, stream);
     if (p.is_bf16)
         p.head_dim == 64 ? sm90::launch_backward<cuda::BFloat16, 64>(p, stream)
                          : sm90::launch_backward<cuda::BFloat16, 128>(p, stream);

@@ -186,10 +186,8 @@ __device__ __forceinline__ void zero_ends(Ring<kStages>& ring, unsigned char* st
             cuda::store(box + row * cuda::kBoxRowBytes + vector % 8 * sizeof(uint4),
                         uint4{0, 0, 0, 0});
         }
-        if (vectors > 0) {
-            cuda::fence_proxy_async();
-            __syncwarp();
-        }
+        if (vectors > 0) cuda::fence_proxy_async();
+        __syncwarp();  // also, no lane may fall behind by a round: it would wait for ever
         if (lane == 0) cuda::arrive(ring.full[at.stage]);
         if (tokens == 0) return;
     }
