@@ -35,6 +35,7 @@ MODES = ("auto", "cpu", "cuda", "none")
 # sm_80 code runs on every 8.x; its PTX is compiled by the driver for what comes after 10.x.
 DEFAULT_ARCHS = "8.0+PTX;9.0a;10.0a"
 OLDEST_TORCH = (2, 11)
+WITH_SM90 = "-DFASTVIDEO_SM90"  # the kernels for 9.0a alone are part of the build
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 
 WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type", "-Wno-unknown-pragmas"]
@@ -256,16 +257,11 @@ def add_cpu(library: Library, torch: Path, *, info: dict[str, object]) -> None:
             )
 
 
-def sm90_flags() -> list[str]:
-    """What tells sources that the kernels for 9.0a alone are part of the build."""
-    return ["-DFASTVIDEO_SM90"] if any(CSRC.rglob("*_sm90.cu")) else []
-
-
 def add_cuda(library: Library, torch: Path, cuda: Cuda) -> None:
     """Add the CUDA sources; those called *_sm90.cu exist for that architecture only."""
     compiler = [str(cuda.nvcc), *NVCC_FLAGS, *torch_flags(torch), "-DUSE_CUDA"]
     if cuda.gencode(only="90a"):
-        compiler += sm90_flags()
+        compiler.append(WITH_SM90)
     for source in sorted(CSRC.rglob("*.cu")):
         gencode = cuda.gencode(only="90a" if source.stem.endswith("_sm90") else "")
         name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
@@ -327,7 +323,7 @@ class BuildEmulator(Command):
         library = Library(folder / "_emulator.so", folder / "objects")
         compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *torch_flags(torch)]
         # Registers and stacks hold huge numbers until they are written.
-        compiler += ["-DFASTVIDEO_EMULATOR", "-ftrivial-auto-var-init=pattern", *sm90_flags()]
+        compiler += ["-DFASTVIDEO_EMULATOR", "-ftrivial-auto-var-init=pattern", WITH_SM90]
         for source in sorted((*CSRC.rglob("*.cu"), *(CSRC / "emulator").rglob("*.cpp"))):
             name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
             library.compile([*compiler, "-x", "c++"], source, name=name)
