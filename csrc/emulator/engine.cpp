@@ -196,7 +196,7 @@ void Block::run() {
         for (unsigned warp : warps) {
             progress |= run_warp(warp);
             if (error_) std::rethrow_exception(error_);
-            if (!effects_.empty() && ends_early()) run_effect();
+            if (!effects_.empty() && ends_early()) progress |= run_effect();
         }
         if (!progress && !run_effect()) report_deadlock();
     }
@@ -402,6 +402,7 @@ void* block_state(std::type_index key, std::shared_ptr<void> (*make)()) {
 }
 
 unsigned char* dynamic_shared() { return running_block->shared(); }
+size_t shared_bytes() { return running_block->shared_bytes(); }
 
 uint32_t shared_address(const void* pointer) {
     const auto offset = static_cast<const unsigned char*>(pointer) - running_block->shared();
@@ -453,6 +454,20 @@ void copy_async_commit() {
 void copy_async_wait(size_t pending) {
     std::deque<std::vector<Copy>>& groups = running_block->current().groups;
     for (; groups.size() > pending; groups.pop_front()) running_block->complete(groups.front());
+}
+
+void copy_async_then(std::function<void()> effect) {
+    Thread& thread = running_block->current();
+    std::vector<Copy> copies;
+    thread.groups.push_back(std::move(thread.open_group));
+    thread.open_group.clear();
+    for (std::vector<Copy>& group : thread.groups)
+        copies.insert(copies.end(), group.begin(), group.end());
+    thread.groups.clear();
+    defer([copies = std::move(copies), effect = std::move(effect)] {
+        running_block->complete(copies);
+        effect();
+    });
 }
 
 }  // namespace fastvideo::emulator

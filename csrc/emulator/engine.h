@@ -82,6 +82,7 @@ T& block_state() {
 
 // Dynamic shared memory of the block, aligned to 1024 bytes.
 unsigned char* dynamic_shared();
+size_t shared_bytes();
 // Addresses of the shared window, as 32-bit numbers; 0 is not one of them.
 uint32_t shared_address(const void* pointer);
 // The memory at an address, checked.
@@ -126,5 +127,7 @@ void copy_async(uint32_t to, const void* from, size_t bytes, bool valid);
 void copy_async_commit();
 // Until at most `pending` of the thread's latest groups are under way.
 void copy_async_wait(size_t pending);
+// Has the hardware call `effect` when all of the thread's copies so far have landed.
+void copy_async_then(std::function<void()> effect);
 
 }  // namespace fastvideo::emulator
