@@ -116,6 +116,19 @@ def test_ragged_tiles_cost_what_they_hold(
     assert emulator.count("tensor_core_flops") == 7 * product
 
 
+@pytest.mark.parametrize(("head_dim", "forward", "backward"), [(64, 4, 4), (128, 3, 2)])
+def test_shared_memory_lets_several_blocks_run_on_an_a100(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, head_dim: int, forward: int, backward: int
+) -> None:
+    monkeypatch.setenv("FASTVIDEO_VSA_KERNEL", "mma")
+    inputs = make(Case((16,), k=1, head_dim=head_dim))
+    out, lse = emulator.ops.vsa_fine_forward(*inputs.forward())
+    # 164 KiB a multiprocessor, of which each block takes 1 KiB besides its own.
+    assert forward * (emulator.count("largest_shared_bytes") + 1024) <= 164 * 1024
+    emulator.ops.vsa_fine_backward(*inputs.backward(out, lse))
+    assert backward * (emulator.count("largest_shared_bytes") + 1024) <= 164 * 1024
+
+
 @pytest.mark.usefixtures("kernel")
 def test_rows_that_are_not_aligned_are_copied(emulator: Emulator) -> None:
     inputs = make(Case((64, 20), gate=False, coarse=False))
