@@ -9,8 +9,9 @@ namespace {
 
 using Mode = ForwardMode;
 
+// Blocks of the widest rows take half of a multiprocessor with two vectors for each thread.
 template <class T, int kVectors, Mode kMode>
-__global__ void __launch_bounds__(kMaxThreads<kVectors>, kVectors <= kFewVectors ? 0 : 1)
+__global__ void __launch_bounds__(kMaxThreads<kVectors>, 4 / kVectors)
     layer_forward_kernel(const __grid_constant__ LayerForward p) {
     constexpr bool kFew = kVectors <= kFewVectors;
     const Chunk chunk(p);
