@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kMaxThreads<kVectors>)
     });
     const auto gate = keep<kVectors>(columns, [&](int i) { return read(p.gate, i, 1.0f); });
 
-    Float8 normed_sum[kVectors] = {}, grad_sum[kVectors] = {}, gate_sum[kVectors] = {};
+    constexpr int kKept = kSums ? kVectors : 1;
+    Float8 normed_sum[kKept] = {}, grad_sum[kKept] = {}, gate_sum[kKept] = {};
     T* const dxs = sample_of<T>(p.dx, chunk.sample);
     T* const dys = sample_of<T>(p.dy, chunk.sample);
     for (int row = 0; row < chunk.rows; ++row) {
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kMaxThreads<kVectors>)
 
         float means[] = {0.0f, 0.0f};  // of grad * factor, and of that times normed
         if constexpr (kNorm) {
-#pragma unroll
+#pragma unroll kUnroll < kVectors>
             for (int i = 0; i < kVectors; ++i) {
                 if (!columns.has(i)) continue;
                 const Float8 grad = inputs.get(0, i), x = inputs.get(kX, i), by = factor[i];
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads<kVectors>)
             means[1] /= p.channels;
         }
 
-#pragma unroll
+#pragma unroll kUnroll < kVectors>
         for (int i = 0; i < kVectors; ++i) {
             if (!columns.has(i)) continue;
             Float8 grad = inputs.get(0, i);
@@ -92,8 +93,10 @@ __global__ void __launch_bounds__(kMaxThreads<kVectors>)
 #pragma unroll
                 for (int e = 0; e < kEight; ++e) {
                     const float normed = (x.at[e] - mean) * rstd;
-                    normed_sum[i].at[e] += grad.at[e] * normed;
-                    grad_sum[i].at[e] += grad.at[e];
+                    if constexpr (kSums) {
+                        normed_sum[i].at[e] += grad.at[e] * normed;
+                        grad_sum[i].at[e] += grad.at[e];
+                    }
                     grad.at[e] =
                         rstd * (grad.at[e] * by.at[e] - means[0] - normed * means[1]) + other.at[e];
                 }
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(kMaxThreads<kVectors>)
                 const Float8 y = inputs.get(kY, i), by = gate[i];
 #pragma unroll
                 for (int e = 0; e < kEight; ++e) {
-                    gate_sum[i].at[e] += grad.at[e] * y.at[e];
+                    if constexpr (kSums) gate_sum[i].at[e] += grad.at[e] * y.at[e];
                     grad.at[e] *= by.at[e];
                 }
                 store_eight(dys + token * p.dy.token + columns.first(i), grad);
@@ -111,10 +114,10 @@ __global__ void __launch_bounds__(kMaxThreads<kVectors>)
         }
     }
 
-    auto write = [&](float* sums, const Float8(&values)[kVectors]) {
+    auto write = [&](float* sums, const Float8(&values)[kKept]) {
         if (!sums) return;
         sums += static_cast<int64_t>(chunk.index) * p.width;
-#pragma unroll
+#pragma unroll kUnroll < kVectors>
         for (int i = 0; i < kVectors; ++i)
             if (columns.has(i)) store_sums(sums + columns.first(i), values[i]);
     };

@@ -9,9 +9,11 @@ namespace {
 
 using Mode = ForwardMode;
 
+// Blocks of the widest rows take half of a multiprocessor with two vectors for each thread.
 template <class T, int kVectors, Mode kMode>
-__global__ void __launch_bounds__(kMaxThreads<kVectors>)
+__global__ void __launch_bounds__(kMaxThreads<kVectors>, 4 / kVectors)
     layer_forward_kernel(const __grid_constant__ LayerForward p) {
+    constexpr bool kFew = kVectors <= kFewVectors;
     const Chunk chunk(p);
     const Columns columns{p.width};
     auto inputs = [&] {
@@ -49,43 +51,56 @@ __global__ void __launch_bounds__(kMaxThreads<kVectors>)
     for (int row = 0; row < chunk.rows; ++row) {
         inputs.advance(row);
         const int token = chunk.first + row;
-        Float8 x[kVectors] = {};
+        Float8 kept[kFew ? kVectors : 1] = {};
         float total[] = {0.0f};
-#pragma unroll
+#pragma unroll kUnroll < kVectors>
         for (int i = 0; i < kVectors; ++i) {
             if (!columns.has(i)) continue;
-            x[i] = inputs.get(0, i);
+            Float8 x = inputs.get(0, i);
             if constexpr (kMode != Mode::kLayer) {
                 const Float8 y = inputs.get(1, i), by = gate[i];
 #pragma unroll
                 for (int e = 0; e < kEight; ++e)
-                    x[i].at[e] = to_float(from_float<T>(x[i].at[e] + y.at[e] * by.at[e]));
-                store_eight(sums + token * p.sum.token + columns.first(i), x[i]);
+                    x.at[e] = to_float(from_float<T>(x.at[e] + y.at[e] * by.at[e]));
+                store_eight(sums + token * p.sum.token + columns.first(i), x);
             }
+            if constexpr (kFew) kept[i] = x;
 #pragma unroll
-            for (int e = 0; e < kEight; ++e) total[0] += x[i].at[e];
+            for (int e = 0; e < kEight; ++e) total[0] += x.at[e];
         }
         if constexpr (kMode != Mode::kSum) {
+            auto normed_row = [&](int i) {  // read again where a thread has much of it
+                if constexpr (kFew)
+                    return kept[i];
+                else if constexpr (kMode == Mode::kLayer)
+                    return inputs.get(0, i);
+                else
+                    return load_eight(sums + token * p.sum.token + columns.first(i));
+            };
             block_sum(total);
             const float mean = total[0] / p.channels;
             float squares[] = {0.0f};
-#pragma unroll
-            for (int i = 0; i < kVectors; ++i)
-#pragma unroll
-                for (int e = 0; e < kEight; ++e) {
-                    x[i].at[e] -= mean;
-                    if (columns.first(i) + e < p.channels) squares[0] += x[i].at[e] * x[i].at[e];
-                }
-            block_sum(squares);
-            const float rstd = rsqrt_approx(squares[0] / p.channels + p.eps);
-#pragma unroll
+#pragma unroll kUnroll < kVectors>
             for (int i = 0; i < kVectors; ++i) {
                 if (!columns.has(i)) continue;
+                const Float8 x = normed_row(i);
+#pragma unroll
+                for (int e = 0; e < kEight; ++e) {
+                    const float centred = x.at[e] - mean;
+                    if (columns.first(i) + e < p.channels) squares[0] += centred * centred;
+                }
+            }
+            block_sum(squares);
+            const float rstd = rsqrt_approx(squares[0] / p.channels + p.eps);
+#pragma unroll kUnroll < kVectors>
+            for (int i = 0; i < kVectors; ++i) {
+                if (!columns.has(i)) continue;
+                Float8 x = normed_row(i);
                 const Float8 by = factor[i], plus = offset[i];
 #pragma unroll
                 for (int e = 0; e < kEight; ++e)
-                    x[i].at[e] = x[i].at[e] * rstd * by.at[e] + plus.at[e];
-                store_eight(outs + token * p.out.token + columns.first(i), x[i]);
+                    x.at[e] = (x.at[e] - mean) * rstd * by.at[e] + plus.at[e];
+                store_eight(outs + token * p.out.token + columns.first(i), x);
             }
             if (threadIdx.x == 0) {
                 const int64_t first = static_cast<int64_t>(chunk.sample) * p.groups * p.group_rows;

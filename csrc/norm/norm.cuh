@@ -72,6 +72,9 @@ __device__ __forceinline__ T* sample_of(const Rows& rows, int sample) {
 
 // Up to here a thread can keep what it needs for all of its channels.
 inline constexpr int kFewVectors = 2;
+// Loops over more columns stay loops: unrolled, they would load ahead into registers there are not.
+template <int kVectors>
+inline constexpr int kUnroll = kVectors <= kFewVectors ? kVectors : 1;
 
 // A vector for each of the thread's columns: in registers, or read again where those are many.
 template <int kVectors, class Load>
@@ -86,13 +89,10 @@ class Kept {
     }
     // For columns that the thread has.
     __device__ __forceinline__ auto operator[](int i) const {
-        if constexpr (kInRegisters) {
+        if constexpr (kInRegisters)
             return kept_[i];
-        } else {
-            // Nothing is read ahead across here: all columns at once would not fit into registers.
-            asm volatile("" ::: "memory");
+        else
             return load_(i);
-        }
     }
 
   private:

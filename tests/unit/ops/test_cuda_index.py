@@ -4,6 +4,7 @@
 Axes: B batch, H heads, S tokens, D channels, Q query tiles, K key tiles, k selected tiles.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,11 +68,16 @@ def test_tables_that_do_not_fit_the_tokens_are_brought_to_fit(emulator: Any) -> 
 
 def choose(scores: Tensor, k: int) -> Tensor:
     """The k highest, of equal ones the first, NaN lowest; ascending."""
-    lowest = torch.where(scores.isnan(), -torch.inf, scores.double())
-    rank = torch.where(scores.isnan(), -1.0, 0.0).double()
-    order = torch.argsort(rank, dim=-1, descending=True, stable=True)
-    order = order.gather(-1, lowest.gather(-1, order).argsort(-1, descending=True, stable=True))
-    return order[..., :k].sort(-1).values.int()
+
+    def of_row(row: list[float]) -> list[int]:
+        best = sorted(
+            range(len(row)),
+            key=lambda i: (-row[i] if row[i] == row[i] else math.inf, row[i] != row[i], i),
+        )
+        return sorted(best[:k])
+
+    rows = [of_row(row) for row in scores.flatten(0, 2).tolist()]
+    return torch.tensor(rows, dtype=torch.int32).reshape(*scores.shape[:3], k)
 
 
 @pytest.mark.parametrize(

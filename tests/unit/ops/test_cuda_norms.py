@@ -75,7 +75,8 @@ def layer(x: Tensor, vector: dict[str, Tensor]) -> Tensor:
     """Norm, affine and modulation in float64."""
     normed = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=EPS)
     normed = normed * vector.get("weight", torch.tensor(1.0)) + vector.get("bias", 0.0)
-    return normed * (1 + spread(vector, "scale", x)) + spread(vector, "shift", x)
+    out: Tensor = normed * (1 + spread(vector, "scale", x)) + spread(vector, "shift", x)
+    return out
 
 
 def spread(vector: dict[str, Tensor], name: str, x: Tensor, *, otherwise: float = 0.0) -> Any:
@@ -86,7 +87,7 @@ def spread(vector: dict[str, Tensor], name: str, x: Tensor, *, otherwise: float 
     return groups.repeat_interleave(x.shape[1] // groups.shape[1], dim=1)
 
 
-def exact(*tensors: Tensor | None) -> list[Tensor | None]:
+def exact(*tensors: Tensor | None) -> list[Any]:
     """Leaves in float64."""
     return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
 
@@ -141,9 +142,7 @@ def test_the_norm_of_a_residual_sum_and_its_gradients(emulator: Any, case: Case)
     want = layer(rounded, named)
     torch.autograd.backward([rounded, want], [grad_sum.double(), grad.double()])
     assert_close(out, want, residual)
-    gradients = ops.norm_residual_layer_backward(
-        grad_sum, grad, y, total, mean, rstd, *vectors
-    )
+    gradients = ops.norm_residual_layer_backward(grad_sum, grad, y, total, mean, rstd, *vectors)
     y_if_gated = y if "gate" in case.given else None
     givens = (residual, y_if_gated, *vectors)
     # Of wide rows the gate's gradient is made from that of the sum after rounding.
@@ -245,9 +244,7 @@ def test_rms_norm_with_rotation_and_its_gradients(
     out, rstd = emulator.ops.norm_rms_forward(x, weight, *angles, case.across_heads, EPS)
     assert_close(out, want, x)
     assert out.stride() == torch.empty_like(x).stride()
-    dx, dweight = emulator.ops.norm_rms_backward(
-        grad, x, rstd, weight, *angles, case.across_heads
-    )
+    dx, dweight = emulator.ops.norm_rms_backward(grad, x, rstd, weight, *angles, case.across_heads)
     assert dx.stride() == out.stride()
     assert_close(dx, x64.grad, x)
     assert_close(dweight, None if weight64 is None else weight64.grad, weight)
