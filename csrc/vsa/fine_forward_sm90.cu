@@ -81,32 +81,20 @@ template <class T, int D, int kSteps>
 __device__ __forceinline__ void attend(Softmax& softmax, float (&out)[D / 2],
                                        const uint32_t (&q)[D / 16][4], uint32_t k_tile,
                                        uint32_t v_tile, int tokens, float scale_log2) {
-    using cuda::B;
-    float s[32];
-    uint32_t weights[4][4];
+    float s[8 * kSteps];
+    uint32_t weights[kSteps][4];
     cuda::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < D / kStep; ++step)
-        cuda::wgmma<T, kStep * kSteps, B::kRowsByChannels>(
-            s, q[step], cuda::rows_by_channels(k_tile, step, kBoxBytes), step > 0);
-    cuda::wgmma_commit();
+    start_over_channels<T, D, kSteps>(s, q, k_tile);
     cuda::wgmma_wait<0>();
     cuda::pin(s);
     if (tokens < kStep * kSteps) {
 #pragma unroll
-        for (int i = 8 * (kSteps - 2); i < 8 * kSteps; ++i)
+        for (int i = 8 * (kSteps - 1); i < 8 * kSteps; ++i)
             if (i / 4 * 8 + first_column() + i % 2 >= tokens) s[i] = -INFINITY;
     }
     softmax.update<kStep * kSteps>(s, out, scale_log2);
-    pack_operand<T, kSteps>(weights, s);
-    cuda::pin(weights[0]), cuda::pin(weights[1]), cuda::pin(weights[2]), cuda::pin(weights[3]);
-    cuda::pin(out);
-    cuda::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-        cuda::wgmma<T, D, B::kChannelsByRows>(out, weights[step],
-                                              cuda::channels_by_rows(v_tile, step, kBoxBytes));
-    cuda::wgmma_commit();
+    pack_operand<T>(weights, s);
+    start_over_rows<T, D, kSteps>(out, weights, v_tile);
     cuda::wgmma_wait<0>();
     cuda::pin(out);
 }
