@@ -25,25 +25,26 @@ inline constexpr uint32_t kBoxRowBytes = 128;
 inline constexpr uint32_t kPatternBytes = 8 * kBoxRowBytes;
 
 // A matrix descriptor: bits 0-13 address, 16-29 leading offset, 32-45 stride offset, all of them in
-// 16 bytes; bits 62-63 swizzle, of which 1 is that of 128 bytes.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading_bytes,
-                                               uint32_t stride_bytes) {
-    const auto field = [](uint32_t bytes) { return static_cast<uint64_t>(bytes >> 4 & 0x3fff); };
-    return field(address) | field(leading_bytes) << 16 | field(stride_bytes) << 32 | 1ull << 62;
+// 16 bytes; bits 62-63 swizzle, of which 1 is that of 128 bytes. `offset` is added to the address;
+// as shared addresses stay below 2^18, that is one addition of 32 bits for a product.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t offset,
+                                               uint32_t leading_bytes, uint32_t stride_bytes) {
+    const uint32_t low = (address >> 4) + ((offset >> 4) + (leading_bytes >> 4 << 16));
+    const uint32_t high = stride_bytes >> 4 | 1u << 30;
+    return static_cast<uint64_t>(high) << 32 | low;
 }
 
 // Rows are rows of A or columns of B, channels 16 `step` on are k ("K-major"). `box_bytes` lie
 // between the boxes of 64 channels. The stride is that from 8 rows to the next; the leading offset
 // has no meaning here. Within the 128 bytes of the pattern the address just moves on.
 __device__ __forceinline__ uint64_t rows_by_channels(uint32_t tile, int step, uint32_t box_bytes) {
-    const uint32_t address = tile + step / 4 * box_bytes + step % 4 * 32;
-    return descriptor(address, 16, kPatternBytes);
+    return descriptor(tile, step / 4 * box_bytes + step % 4 * 32, 16, kPatternBytes);
 }
 
 // Channels are columns of B, rows 16 `step` on are k ("MN-major", to be transposed). The leading
 // offset is that from 64 columns to the next, the stride that from 8 rows of k to the next.
 __device__ __forceinline__ uint64_t channels_by_rows(uint32_t tile, int step, uint32_t box_bytes) {
-    return descriptor(tile + step * 2 * kPatternBytes, box_bytes, kPatternBytes);
+    return descriptor(tile, step * 2 * kPatternBytes, box_bytes, kPatternBytes);
 }
 
 enum class B { kRowsByChannels, kChannelsByRows };

@@ -68,13 +68,14 @@ def product(
 
 @FORMATS
 @pytest.mark.parametrize("registers", [False, True], ids=["a in shared", "a in registers"])
-@pytest.mark.parametrize("rows", [False, True], ids=["k-major", "mn-major"])
-@pytest.mark.parametrize("columns", [16, 32, 48, 64, 128])
+@pytest.mark.parametrize(
+    ("columns", "rows"),
+    [*((n, False) for n in (16, 32, 48, 64)), *((n, True) for n in (16, 32, 48, 64, 128))],
+    ids=lambda value: ("k-major", "mn-major")[value] if isinstance(value, bool) else str(value),
+)
 def test_a_product_of_a_warpgroup_is_that_of_matrices(
     emulator: Emulator, columns: int, rows: bool, registers: bool, dtype: torch.dtype
 ) -> None:
-    if columns > 64 and not rows:
-        pytest.skip("one box holds the rows of 64 columns")
     emulator.reset_counters()
     got, want = product(emulator, columns, dtype, rows=rows, registers=registers, mistake="")
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
@@ -249,7 +250,7 @@ def test_hopper_kernels_use_its_instructions_and_spill_nothing() -> None:
         assert code.count("UTMALDG") >= 4, name
         assert code.count("USETMAXREG") >= 2, name
         # Products that the compiler made wait for each other have a barrier each.
-        assert code.count("WARPGROUP.DEPBAR") <= products / 4, name
+        assert code.count("WARPGROUP.DEPBAR") <= products / 3, name
         assert not re.search(r"\b(LDL|STL)\b", code), name
     for name, line in usage.items():
         numbers = dict(re.findall(r"(\w+):(\d+)", line))
