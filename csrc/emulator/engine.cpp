@@ -139,6 +139,7 @@ void Block::launch(dim3 grid, dim3 block, size_t shared_bytes,
     size_t space = memory_.size() - kGuardBytes;
     shared_ = static_cast<unsigned char*>(std::align(1024, shared_bytes, base, space));
     ++counters().launches;
+    counters().largest_shared_bytes = std::max(counters().largest_shared_bytes, shared_bytes);
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) {

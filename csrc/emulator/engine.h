@@ -39,7 +39,8 @@ inline constexpr size_t kMaxSharedBytes = 232448;
 struct Counters {
     uint64_t launches = 0, blocks = 0;
     uint64_t tensor_core_flops = 0;
-    uint64_t async_bytes = 0;  // read from global memory by asynchronous copies
+    uint64_t async_bytes = 0;           // read from global memory by asynchronous copies
+    uint64_t largest_shared_bytes = 0;  // of a launch
 };
 Counters& counters();
 

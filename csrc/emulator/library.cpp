@@ -28,4 +28,7 @@ FASTVIDEO_EXPORT uint64_t fastvideo_emulator_tensor_core_flops() {
 FASTVIDEO_EXPORT uint64_t fastvideo_emulator_async_bytes() {
     return fastvideo::emulator::counters().async_bytes;
 }
+FASTVIDEO_EXPORT uint64_t fastvideo_emulator_largest_shared_bytes() {
+    return fastvideo::emulator::counters().largest_shared_bytes;
+}
 }

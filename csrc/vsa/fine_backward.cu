@@ -21,10 +21,11 @@ struct Pair {
     int first_stride, second_stride;
 };
 
-// The stage of one such tile: that of `first`, that of `second`, and numbers of each row.
+// What else of its rows a tile of queries brings along; a number for each thread to copy.
 struct RowNumbers {
     float lse[kTileRows], delta[kTileRows];
 };
+static_assert(sizeof(RowNumbers) == kThreads * sizeof(float));
 template <int D>
 inline constexpr int kStageBytes = 2 * kTileBytes<D>;
 template <int D>
@@ -107,9 +108,9 @@ class Walk {
                 const int row = thread_mod(kTileRows);
                 const bool is_lse = thread_div(kTileRows) == 0;
                 const float* from = is_lse ? problem_.lse : problem_.delta;
-                float* to = is_lse ? numbers(i)->lse : numbers(i)->delta;
-                cuda::copy_async_4(cuda::shared_address(to + row),
-                                   from + query_number(tile.first + row), row < tile.tokens);
+                const uint32_t to = stages_ + 2 * kStageBytes<D> + i * sizeof(RowNumbers) +
+                                    threadIdx.x * sizeof(float);
+                cuda::copy_async_4(to, from + query_number(tile.first + row), row < tile.tokens);
             }
         }
         cuda::copy_async_commit();
@@ -144,12 +145,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     float sums[D / 8][4] = {};
     const auto work = [&](uint32_t stage, const RowNumbers*, Tile tile) {
-        const uint32_t keys = stage, values = stage + kTileBytes<D>;
 #pragma unroll 1
         for (int column = 0; column < tile.tokens; column += kStep) {
+            const uint32_t keys = stage + column * D * 2, values = keys + kTileBytes<D>;
             float scores[2][4], gradients[2][4];
-            multiply_channels<T, D>(scores, walk.first_, keys, column);
-            multiply_channels<T, D>(gradients, walk.second_, values, column);
+            multiply_channels<T, D>(scores, walk.first_, keys);
+            multiply_channels<T, D>(gradients, walk.second_, values);
             const int last = tile.tokens - column - thread_mod(4) * 2;
 #pragma unroll
             for (int n = 0; n < 2; ++n)
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                 }
             uint32_t a[4];
             pack_a<T>(a, gradients[0], gradients[1]);
-            multiply_rows<T, D>(sums, a, keys, column);
+            multiply_rows<T, D>(sums, a, keys);
         }
     };
     walk.template run<false>(TileList(problem.index + list * problem.k, count, problem.kv_tiles,
@@ -192,14 +193,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     float key_sums[D / 8][4] = {}, value_sums[D / 8][4] = {};
     const auto work = [&](uint32_t stage, const RowNumbers* numbers, Tile tile) {
-        const uint32_t queries = stage, grads = stage + kTileBytes<D>;
 #pragma unroll 1
         for (int column = 0; column < tile.tokens; column += kStep) {
+            const uint32_t queries = stage + column * D * 2, grads = queries + kTileBytes<D>;
             // Transposed: rows are keys, columns are queries. What lies past the tile's tokens is
             // 0 in `queries` and `grads` and adds nothing.
             float weights[2][4], gradients[2][4];
-            multiply_channels<T, D>(weights, walk.first_, queries, column);
-            multiply_channels<T, D>(gradients, walk.second_, grads, column);
+            multiply_channels<T, D>(weights, walk.first_, queries);
+            multiply_channels<T, D>(gradients, walk.second_, grads);
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 const int query = column + n * 8 + thread_mod(4) * 2;
@@ -215,9 +216,9 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
             uint32_t a[4];
             pack_a<T>(a, weights[0], weights[1]);
-            multiply_rows<T, D>(value_sums, a, grads, column);
+            multiply_rows<T, D>(value_sums, a, grads);
             pack_a<T>(a, gradients[0], gradients[1]);
-            multiply_rows<T, D>(key_sums, a, queries, column);
+            multiply_rows<T, D>(key_sums, a, queries);
         }
     };
     walk.template run<true>(

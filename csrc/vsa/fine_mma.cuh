@@ -159,10 +159,10 @@ __device__ __forceinline__ void pack_a(uint32_t (&a)[4], const float (&left)[4],
     a[3] = cuda::pack<T>(right[2], right[3]);
 }
 
-// sums (16 x D) += a (16x16) * 16 rows of the tile.
+// sums (16 x D) += a (16x16) * the tile's 16 rows from `row` on.
 template <class T, int D>
 __device__ __forceinline__ void multiply_rows(float (&sums)[D / 8][4], const uint32_t (&a)[4],
-                                              uint32_t tile, int row) {
+                                              uint32_t tile, int row = 0) {
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
         uint32_t b[4];
@@ -172,17 +172,16 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[D / 8][4], const uin
     }
 }
 
-// scores (16x16) = rows in `a` (16 x D) times 16 rows of the tile.
+// scores (16x16) = rows in `a` (16 x D) times the 16 rows at `tile`.
 template <class T, int D>
 __device__ __forceinline__ void multiply_channels(float (&scores)[2][4],
-                                                  const uint32_t (&a)[D / 16][4], uint32_t tile,
-                                                  int row) {
+                                                  const uint32_t (&a)[D / 16][4], uint32_t tile) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) scores[0][i] = scores[1][i] = 0.0f;
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
         uint32_t b[4];
-        load_b<D>(b, tile, row, step);
+        load_b<D>(b, tile, 0, step);
         cuda::mma<T>(scores[0], a[step], b[0], b[1]);
         cuda::mma<T>(scores[1], a[step], b[2], b[3]);
     }

@@ -27,10 +27,20 @@ class Emulator:
         self.library.fastvideo_emulator_reset_counters()
 
     def count(self, name: str) -> int:
-        """Return what was executed: launches, blocks, tensor_core_flops or async_bytes."""
+        """Return what was executed.
+
+        One of launches, blocks, tensor_core_flops, async_bytes and largest_shared_bytes.
+        """
         function = getattr(self.library, f"fastvideo_emulator_{name}")
         function.restype = ctypes.c_uint64
         return int(function())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The first of them builds the library, which on a busy machine takes minutes.
+    for item in items:
+        if "emulator_library" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(scope="session")
