@@ -60,10 +60,16 @@ __global__ void product(const __grid_constant__ CUtensorMap a_map,
     for (int step = 0; step < 4; ++step) {
         const uint64_t b = layout == B::kRowsByChannels ? rows_by_channels(b_tile, step, kBox)
                                                         : channels_by_rows(b_tile, step, kBox);
+        const auto multiply = [&](auto a_operand) {
+            if (step == 0)
+                wgmma<T, N, layout, false>(d, a_operand(), b);
+            else
+                wgmma<T, N, layout>(d, a_operand(), b);
+        };
         if constexpr (a_in_registers)
-            wgmma<T, N, layout>(d, a[step], b, step > 0);
+            multiply([&]() -> const uint32_t (&)[4] { return a[step]; });
         else
-            wgmma<T, N, layout>(d, rows_by_channels(a_tile, step, kBox), b, step > 0);
+            multiply([&] { return rows_by_channels(a_tile, step, kBox); });
     }
     if (!mistakes.no_commit) wgmma_commit();
     if (mistakes.overwrites_a) a[3][0] = 0;

@@ -16,8 +16,6 @@ namespace fastvideo::vsa {
 namespace sm90 {
 namespace {
 
-using cuda::B;
-
 constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 // 128 * 24 + 256 * 240 = 384 * 168, which a launch with these bounds gets.
@@ -60,19 +58,11 @@ __device__ __forceinline__ void add_queries(float (&dq)[D / 2], const uint32_t (
                                             const uint32_t (&grad)[D / 16][4], uint32_t k_tile,
                                             uint32_t v_tile, int tokens, const float (&lse)[2],
                                             const float (&delta)[2], float scale_log2) {
-    float s[32], dp[32];
-    uint32_t ds[4][4];
+    float s[8 * kSteps], dp[8 * kSteps];
+    uint32_t ds[kSteps][4];
     cuda::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < D / kStep; ++step)
-        cuda::wgmma<T, kStep * kSteps, B::kRowsByChannels>(
-            s, q[step], cuda::rows_by_channels(k_tile, step, kBoxBytes), step > 0);
-    cuda::wgmma_commit();
-#pragma unroll
-    for (int step = 0; step < D / kStep; ++step)
-        cuda::wgmma<T, kStep * kSteps, B::kRowsByChannels>(
-            dp, grad[step], cuda::rows_by_channels(v_tile, step, kBoxBytes), step > 0);
-    cuda::wgmma_commit();
+    start_over_channels<T, D, kSteps>(s, q, k_tile);
+    start_over_channels<T, D, kSteps>(dp, grad, v_tile);
     cuda::wgmma_wait<1>();
     cuda::pin(s);
 #pragma unroll
@@ -82,21 +72,12 @@ __device__ __forceinline__ void add_queries(float (&dq)[D / 2], const uint32_t (
     cuda::pin(dp);
 #pragma unroll
     for (int i = 0; i < 8 * kSteps; ++i) s[i] *= dp[i] - delta[i / 2 % 2];
-    // Past the tokens keys are 0, but P may be infinite. Without a branch: ptxas would let products
-    // wait for each other (C7511).
+    // Past the tokens keys are 0, but P may be infinite.
 #pragma unroll
-    for (int i = 8 * (kSteps - 2); i < 8 * kSteps; ++i)
+    for (int i = 8 * (kSteps - 1); i < 8 * kSteps; ++i)
         s[i] = i / 4 * 8 + first_column() + i % 2 < tokens ? s[i] : 0.0f;
-    pack_operand<T, kSteps>(ds, s);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) cuda::pin(ds[step]);
-    cuda::pin(dq);
-    cuda::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-        cuda::wgmma<T, D, B::kChannelsByRows>(dq, ds[step],
-                                              cuda::channels_by_rows(k_tile, step, kBoxBytes));
-    cuda::wgmma_commit();
+    pack_operand<T>(ds, s);
+    start_over_rows<T, D, kSteps>(dq, ds, k_tile);
     cuda::wgmma_wait<0>();
     cuda::pin(dq);
 }
@@ -209,21 +190,11 @@ template <class T, int D, int kSteps>
 __device__ __forceinline__ void add_keys(float (&dk)[D / 2], float (&dv)[D / 2], uint32_t k_tile,
                                          uint32_t v_tile, uint32_t q_tile, uint32_t grad_tile,
                                          const float* statistics, float scale_log2) {
-    float s[32], dp[32];
-    uint32_t weights[4][4], ds[4][4];
+    float s[8 * kSteps], dp[8 * kSteps];
+    uint32_t weights[kSteps][4], ds[kSteps][4];
     cuda::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < D / kStep; ++step)
-        cuda::wgmma<T, kStep * kSteps, B::kRowsByChannels>(
-            s, cuda::rows_by_channels(k_tile, step, kBoxBytes),
-            cuda::rows_by_channels(q_tile, step, kBoxBytes), step > 0);
-    cuda::wgmma_commit();
-#pragma unroll
-    for (int step = 0; step < D / kStep; ++step)
-        cuda::wgmma<T, kStep * kSteps, B::kRowsByChannels>(
-            dp, cuda::rows_by_channels(v_tile, step, kBoxBytes),
-            cuda::rows_by_channels(grad_tile, step, kBoxBytes), step > 0);
-    cuda::wgmma_commit();
+    start_over_channels<T, D, kSteps>(s, k_tile, q_tile);
+    start_over_channels<T, D, kSteps>(dp, v_tile, grad_tile);
     cuda::wgmma_wait<1>();
     cuda::pin(s);
 #pragma unroll
@@ -234,16 +205,8 @@ __device__ __forceinline__ void add_keys(float (&dk)[D / 2], float (&dv)[D / 2],
         s[i + 2] = cuda::exp2_approx(s[i + 2] * scale_log2 - lse.x * kLog2OfE);
         s[i + 3] = cuda::exp2_approx(s[i + 3] * scale_log2 - lse.y * kLog2OfE);
     }
-    pack_operand<T, kSteps>(weights, s);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) cuda::pin(weights[step]);
-    cuda::pin(dv);
-    cuda::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-        cuda::wgmma<T, D, B::kChannelsByRows>(dv, weights[step],
-                                              cuda::channels_by_rows(grad_tile, step, kBoxBytes));
-    cuda::wgmma_commit();
+    pack_operand<T>(weights, s);
+    start_over_rows<T, D, kSteps>(dv, weights, grad_tile);
     cuda::wgmma_wait<1>();
     cuda::pin(dp);
 #pragma unroll
@@ -254,16 +217,8 @@ __device__ __forceinline__ void add_keys(float (&dk)[D / 2], float (&dv)[D / 2],
         s[i + 2] *= dp[i + 2] - delta.x;
         s[i + 3] *= dp[i + 3] - delta.y;
     }
-    pack_operand<T, kSteps>(ds, s);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) cuda::pin(ds[step]);
-    cuda::pin(dk);
-    cuda::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-        cuda::wgmma<T, D, B::kChannelsByRows>(dk, ds[step],
-                                              cuda::channels_by_rows(q_tile, step, kBoxBytes));
-    cuda::wgmma_commit();
+    pack_operand<T>(ds, s);
+    start_over_rows<T, D, kSteps>(dk, ds, q_tile);
     cuda::wgmma_wait<0>();
     cuda::pin(dv);
     cuda::pin(dk);

@@ -3,14 +3,14 @@
 //
 // A block has three consumers, warpgroups with a query tile of their own each, and one producer.
 // For a pair of 64x128 tiles the tensor cores of a multiprocessor are busy for 512 clocks (4096
-// FLOP per clock) and its exponentials take 256 (16 per clock), so a consumer by itself, which
-// computes them in turn with some latency in between, keeps the tensor cores busy half of the time
-// and three of them most of it: no product needs to overlap the softmax within a consumer. That
-// keeps registers within 160 with Q among them, and leaves out two deadlocks: a consumer never
-// waits for a stage while it holds one.
+// FLOP per clock) and its exponentials take 256 (16 per clock). A consumer by itself does one after
+// the other, with latencies in between, and keeps the tensor cores busy half of the time; three do
+// most of it, so products need not overlap the softmax within a consumer. That fits 160 registers
+// with Q among them, and a consumer never waits for a stage while it holds one, which could
+// deadlock in a ring that consumers share.
 //
-// With Q and P in registers a product reads 64 bytes of shared memory per clock and copies write 64
-// more, of 128 that there are; with Q in shared memory Q K^T alone would read 128.
+// With Q and P in registers a product reads 64 bytes of shared memory per clock and copies write up
+// to 64 more, of 128 that there are; with Q in shared memory Q K^T alone would read 128.
 #include "cuda/launch.h"
 #include "vsa/fine_cuda.h"
 #include "vsa/fragments_sm90.cuh"
@@ -25,8 +25,8 @@ constexpr int kConsumers = 3;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 // 128 * 32 + 384 * 160 = 65536, all there are.
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
-// The running maximum of a row is left behind by up to 2^8, which numbers of 8 bits of exponent
-// (and sums in float32) do not mind, so that most tiles need no rescaling of the output.
+// The running maximum of a row may lag behind by a factor of 2^8, for which both formats and sums
+// in float32 have room; so most tiles need no rescaling of the output.
 constexpr float kLag = 8.0f;
 
 template <int D>
@@ -81,41 +81,29 @@ template <class T, int D, int kSteps>
 __device__ __forceinline__ void attend(Softmax& softmax, float (&out)[D / 2],
                                        const uint32_t (&q)[D / 16][4], uint32_t k_tile,
                                        uint32_t v_tile, int tokens, float scale_log2) {
-    using cuda::B;
-    float s[32];
-    uint32_t weights[4][4];
+    float s[8 * kSteps];
+    uint32_t weights[kSteps][4];
     cuda::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < D / kStep; ++step)
-        cuda::wgmma<T, kStep * kSteps, B::kRowsByChannels>(
-            s, q[step], cuda::rows_by_channels(k_tile, step, kBoxBytes), step > 0);
-    cuda::wgmma_commit();
+    start_over_channels<T, D, kSteps>(s, q, k_tile);
     cuda::wgmma_wait<0>();
     cuda::pin(s);
     if (tokens < kStep * kSteps) {
 #pragma unroll
-        for (int i = 8 * (kSteps - 2); i < 8 * kSteps; ++i)
+        for (int i = 8 * (kSteps - 1); i < 8 * kSteps; ++i)
             if (i / 4 * 8 + first_column() + i % 2 >= tokens) s[i] = -INFINITY;
     }
     softmax.update<kStep * kSteps>(s, out, scale_log2);
-    pack_operand<T, kSteps>(weights, s);
-    cuda::pin(weights[0]), cuda::pin(weights[1]), cuda::pin(weights[2]), cuda::pin(weights[3]);
-    cuda::pin(out);
-    cuda::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-        cuda::wgmma<T, D, B::kChannelsByRows>(out, weights[step],
-                                              cuda::channels_by_rows(v_tile, step, kBoxBytes));
-    cuda::wgmma_commit();
+    pack_operand<T>(weights, s);
+    start_over_rows<T, D, kSteps>(out, weights, v_tile);
     cuda::wgmma_wait<0>();
     cuda::pin(out);
 }
 
 // out / sum + coarse * gate and the log-sum-exp of a query tile.
 template <class T, int D>
-__device__ __forceinline__ void finish(const FineForward& p, int batch, int head, int q_tile,
-                                       Tile tile, Softmax& softmax, const float (&out)[D / 2],
-                                       float scale) {
+__device__ __forceinline__ void store_results(const FineForward& p, int batch, int head, int q_tile,
+                                              Tile tile, Softmax& softmax,
+                                              const float (&out)[D / 2], float scale) {
     const int64_t plane = static_cast<int64_t>(batch) * p.heads + head;
     const float* coarse =
         p.coarse ? p.coarse + (plane * p.num_q_tiles + q_tile) * D + first_column() : nullptr;
@@ -232,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                         softmax, out, q, k_tile, k_tile + kTileBytes<D>, tokens, scale_log2);
                 });
             });
-            finish<T, D>(p, item.batch, item.head, q_tile, tile, softmax, out, kScale<D>);
+            store_results<T, D>(p, item.batch, item.head, q_tile, tile, softmax, out, kScale<D>);
         }
         consumer.finish();
     }

@@ -42,10 +42,50 @@ __device__ __forceinline__ void load_operand(uint32_t (&a)[D / 16][4], const Row
     }
 }
 
-// Accumulators of 64xN as operand A of products over N.
-template <class T, int steps, int n>
-__device__ __forceinline__ void pack_operand(uint32_t (&a)[4][4], const float (&d)[n]) {
-    static_assert(8 * steps <= n);
+// Starts d = A B^T over D channels, where B is the first 16 `steps` rows of a tile and A is the 64
+// rows of a tile in registers, or of another in shared memory.
+template <class T, int D, int steps>
+__device__ __forceinline__ void start_over_channels(float (&d)[8 * steps],
+                                                    const uint32_t (&a)[D / 16][4], uint32_t b) {
+    using cuda::B;
+    cuda::wgmma<T, 16 * steps, B::kRowsByChannels, false>(d, a[0],
+                                                          cuda::rows_by_channels(b, 0, kBoxBytes));
+#pragma unroll
+    for (int i = 1; i < D / 16; ++i)
+        cuda::wgmma<T, 16 * steps, B::kRowsByChannels>(d, a[i],
+                                                       cuda::rows_by_channels(b, i, kBoxBytes));
+    cuda::wgmma_commit();
+}
+template <class T, int D, int steps>
+__device__ __forceinline__ void start_over_channels(float (&d)[8 * steps], uint32_t a, uint32_t b) {
+    using cuda::B;
+    cuda::wgmma<T, 16 * steps, B::kRowsByChannels, false>(
+        d, cuda::rows_by_channels(a, 0, kBoxBytes), cuda::rows_by_channels(b, 0, kBoxBytes));
+#pragma unroll
+    for (int i = 1; i < D / 16; ++i)
+        cuda::wgmma<T, 16 * steps, B::kRowsByChannels>(d, cuda::rows_by_channels(a, i, kBoxBytes),
+                                                       cuda::rows_by_channels(b, i, kBoxBytes));
+    cuda::wgmma_commit();
+}
+
+// Starts d += A B over the first 16 `steps` rows of tile B, which has D channels.
+template <class T, int D, int steps>
+__device__ __forceinline__ void start_over_rows(float (&d)[D / 2], uint32_t (&a)[steps][4],
+                                                uint32_t b) {
+#pragma unroll
+    for (int i = 0; i < steps; ++i) cuda::pin(a[i]);
+    cuda::pin(d);
+    cuda::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < steps; ++i)
+        cuda::wgmma<T, D, cuda::B::kChannelsByRows>(d, a[i],
+                                                    cuda::channels_by_rows(b, i, kBoxBytes));
+    cuda::wgmma_commit();
+}
+
+// Accumulators of 16 `steps` columns as operand A of products over them.
+template <class T, int steps>
+__device__ __forceinline__ void pack_operand(uint32_t (&a)[steps][4], const float (&d)[8 * steps]) {
 #pragma unroll
     for (int i = 0; i < 4 * steps; ++i) a[i / 4][i % 4] = cuda::pack<T>(d[2 * i], d[2 * i + 1]);
 }

@@ -58,11 +58,12 @@ void backward(const FineBackward& problem, cuda::Stream stream) {
     backward_mma(problem, stream);
 }
 
-// Kernels copy 16 bytes at a time and count strides in 32 bits.
+// Kernels copy 16 bytes at a time and count strides in 32 bits; a tensor map has no stride of 0.
 bool has_aligned_rows(const Tensor& x) {
     constexpr int64_t kChunk = 8;
-    return x.stride(3) == 1 && x.stride(0) % kChunk == 0 && x.stride(1) % kChunk == 0 &&
-           x.stride(2) % kChunk == 0 && x.stride(2) < kMostTokenStride &&
+    for (int axis = 0; axis < 3; ++axis)
+        if (x.stride(axis) % kChunk || (x.stride(axis) == 0 && x.size(axis) > 1)) return false;
+    return x.stride(3) == 1 && x.stride(2) < kMostTokenStride &&
            reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
 }
 

@@ -19,7 +19,8 @@ using cuda::Mbarrier;
 
 inline constexpr int kTileRows = 64;
 inline constexpr int kNoTile = -1;
-inline constexpr int kStep = 16;  // rows of a product over rows, and of a copy of part of a tile
+inline constexpr int kStep =
+    16;  // rows of a tile that are copied and computed or left out together
 inline constexpr int kWarp = 32;
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kMaxSharedBytes = 232448;  // of a block
@@ -167,9 +168,9 @@ __device__ __forceinline__ void produce(Ring<kStages>& ring, int items, Begin be
     put(0, kNoTile, 0);
 }
 
-// Another warp's work: zeroes what is computed of a tile past its tokens. There are other tiles,
-// padding or what a stage held before, which may be infinite or NaN, and a weight of 0 does not
-// keep these out of a product.
+// Another warp's work: zeroes the rows past a tile's tokens up to the end of a step. They hold
+// other tiles or padding, which may be infinite or NaN, and a weight of 0 does not keep these out
+// of a product.
 template <int D, int kStages>
 __device__ __forceinline__ void zero_ends(Ring<kStages>& ring, unsigned char* stages) {
     constexpr int kBoxes = 2 * D / cuda::kBoxColumns;  // of both tiles
@@ -178,8 +179,7 @@ __device__ __forceinline__ void zero_ends(Ring<kStages>& ring, unsigned char* st
     for (Cursor<kStages> at;; at.advance()) {
         cuda::wait(ring.landed[at.stage], at.parity);
         const int tokens = ring.tokens[at.stage];
-        const int end = tokens > kTileRows / 2 ? kTileRows : kTileRows / 2;
-        const int vectors = tokens > 0 ? (end - tokens) * kVectors : 0;
+        const int vectors = (steps_of(tokens) * kStep - tokens) * kVectors;
         for (int i = lane; i < vectors; i += kWarp) {
             const int row = tokens + i / kVectors, vector = i % kVectors;
             unsigned char* box = stages + (at.stage * kBoxes + vector / 8) * kBoxBytes;
@@ -240,14 +240,19 @@ struct Steps {
     static constexpr int kSteps = count;
 };
 
-// Calls `use` with the number of steps to compute as a type: all of a tile's, or half of them where
-// the rest holds no token. ptxas gives up on products in the background (C7511) with more cases.
+// Calls `use` with the number of steps that hold tokens as a type.
 template <class Use>
 __device__ __forceinline__ void with_steps_of(int tokens, Use use) {
-    if (tokens > kTileRows / 2)
-        use(Steps<kTileRows / kStep>{});
-    else
-        use(Steps<kTileRows / 2 / kStep>{});
+    switch (steps_of(tokens)) {
+        case 1:
+            return use(Steps<1>{});
+        case 2:
+            return use(Steps<2>{});
+        case 3:
+            return use(Steps<3>{});
+        default:
+            return use(Steps<4>{});
+    }
 }
 
 }  // namespace fastvideo::vsa::sm90
