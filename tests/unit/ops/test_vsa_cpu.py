@@ -2,6 +2,7 @@
 """Tests of csrc/vsa on the CPU: the operators against torch in float64, and what they refuse."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -39,23 +40,33 @@ def test_every_instruction_set_computes_the_same(isa: str) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("variant", ["avx2", "wide"])
-def test_sanitizers_find_nothing(variant: str) -> None:
+def test_sanitizers_find_nothing(variant: str, tmp_path: Path) -> None:
     if variant == "avx2" and library.cpu_isa() == "generic":
         pytest.skip("this processor has no AVX2")
     build = [sys.executable, "setup.py", "build_checked"]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    asan = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    options = {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0"}  # Python's own leaks
-    run_cases(options, str(ROOT / "build" / "checked" / f"{variant}.so"))
+    # libstdc++ too, or the sanitizer does not find what throws exceptions.
+    found = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    # Leaks would be those of Python itself.
+    options = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
+    # A copy of the package with that library in it: a process can load one only.
+    ignored = shutil.ignore_patterns("_C.so", "__pycache__")
+    shutil.copytree(ROOT / "fastvideo", tmp_path / "fastvideo", ignore=ignored)
+    (tmp_path / "fastvideo" / "_C.so").symlink_to(ROOT / "build" / "checked" / f"{variant}.so")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    run_cases(options, folder=tmp_path)
 
 
-def run_cases(environment: dict[str, str], *arguments: str) -> str:
+def run_cases(environment: dict[str, str], folder: Path = ROOT) -> str:
     """Run every case in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.ops.vsa_cpu_cases", *arguments],
-        cwd=ROOT,
+        [sys.executable, "-m", "tests.unit.ops.vsa_cpu_cases"],
+        cwd=folder,
         env=os.environ | environment,
         capture_output=True,
         text=True,

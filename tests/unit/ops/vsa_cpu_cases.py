@@ -4,10 +4,8 @@
 python -m tests.unit.ops.vsa_cpu_cases [LIBRARY]     # every case, with that library
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -216,9 +214,7 @@ def check(case: Case) -> None:
 
 
 def main() -> None:
-    """Run every case with the library named by the first argument, or the installed one."""
-    if sys.argv[1:]:
-        library.PATH = Path(sys.argv[1])
+    """Run every case and say for which instruction set."""
     print(library.cpu_isa(), flush=True)
     for case in every_case():
         check(case)
