@@ -24,7 +24,9 @@ struct Pool {
     int batch, heads, num_tiles, num_tokens, head_dim;
     int lanes;  // that share a token eight channels each; 0: channels are taken one by one
 
-    constexpr int64_t num_warps() const { return static_cast<int64_t>(batch) * heads * num_tiles; }
+    __host__ __device__ int64_t num_warps() const {
+        return static_cast<int64_t>(batch) * heads * num_tiles;
+    }
 };
 
 // What a warp works on. Tables are made to fit the tokens, as no one has looked at their values.
