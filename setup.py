@@ -42,6 +42,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type", "-Wno-unknown-pragmas"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS, "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"]
+NVCC_FLAGS += ["-Xptxas", "-v"]  # registers and spills; what compilers say is kept beside objects
 # Chosen when the program runs (csrc/cpu/isa.cpp), so never -march=native.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12 takes the unset operand of its own intrinsics for a mistake (GCC bug 105593).
@@ -216,16 +217,19 @@ def run_once(command: list[str], headers: str) -> bool:
     if target.is_file() and stamp.is_file() and stamp.read_text() == now:
         return False
     stamp.unlink(missing_ok=True)
-    run(command)
+    target.with_suffix(".log").write_text(run(command))
     stamp.write_text(now)
     return True
 
 
-def run(command: list[str]) -> None:
-    """Run a command and show it."""
-    print(" ".join(command), flush=True)
-    if subprocess.run(command).returncode != 0:
+def run(command: list[str]) -> str:
+    """Run a command and show it; return what it said."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("ptxas info"))
+    print(" ".join(command), *filter(None, [said]), sep="\n", flush=True)
+    if done.returncode != 0:
         fail(f"this command failed, see its messages above:\n  {' '.join(command)}")
+    return done.stdout
 
 
 def torch_flags(torch: Path) -> list[str]:
