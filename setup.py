@@ -225,7 +225,8 @@ def run_once(command: list[str], headers: str) -> bool:
 def run(command: list[str]) -> str:
     """Run a command and show it; return what it said."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("ptxas info"))
+    statistics = re.compile("ptxas info|.* bytes stack frame")
+    said = "\n".join(line for line in done.stdout.splitlines() if not statistics.match(line))
     print(" ".join(command), *filter(None, [said]), sep="\n", flush=True)
     if done.returncode != 0:
         fail(f"this command failed, see its messages above:\n  {' '.join(command)}")

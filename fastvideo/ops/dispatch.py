@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernels a call of `fastvideo.ops` takes on this machine."""
 
+import os
+
 import torch
 
+from fastvideo.errors import UserError
 from fastvideo.ops.library import KernelsMissing, build, cpu_isa
 
 NOT_BUILT = "not built"
@@ -18,7 +21,7 @@ def backends() -> dict[str, dict[str, str]]:
         products: ``cuda``), ``not built``, ``no device``, or the reason why there is none for it.
 
     Raises:
-        UserError: FASTVIDEO_CPU_ISA names what this processor does not have.
+        UserError: FASTVIDEO_CPU_ISA or FASTVIDEO_VSA_KERNEL names what is not to be had here.
     """
     try:
         cpu, built = cpu_isa(), build()
@@ -31,7 +34,22 @@ def backends() -> dict[str, dict[str, str]]:
     else:
         cuda = cuda_kernels(torch.cuda.get_device_capability(), built.cuda_archs)
     norm = "cuda" if cuda in ("mma", "wgmma") else cuda
+    cuda = _asked(cuda)
     return {"vsa": {"cpu": cpu, "cuda": cuda}, "norm": {"cpu": cpu, "cuda": norm}}
+
+
+def _asked(cuda: str) -> str:
+    """Return the kernels that FASTVIDEO_VSA_KERNEL demands of a device that takes ``cuda``."""
+    asked = os.environ.get("FASTVIDEO_VSA_KERNEL") or "auto"
+    if asked not in ("auto", "mma", "wgmma"):
+        raise UserError(f"FASTVIDEO_VSA_KERNEL={asked}: use auto, mma or wgmma")
+    if asked == "auto" or cuda not in ("mma", "wgmma"):
+        return cuda
+    if asked == "wgmma" != cuda:
+        raise UserError(
+            "FASTVIDEO_VSA_KERNEL=wgmma: this needs a GPU of capability 9.0 and a build for 9.0a"
+        )
+    return asked
 
 
 def cuda_kernels(capability: tuple[int, int], archs: list[str]) -> str:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from fastvideo.errors import UserError
 from fastvideo.ops import backends, library
-from fastvideo.ops.dispatch import cuda_kernels
+from fastvideo.ops.dispatch import _asked, cuda_kernels
 
 ARCHS = ["8.0+PTX", "9.0a", "10.0a"]
 
@@ -30,6 +31,34 @@ def test_a_device_takes_the_kernels_compiled_for_it(
     capability: tuple[int, int], archs: list[str], kernels: str
 ) -> None:
     assert cuda_kernels(capability, archs) == kernels
+
+
+@pytest.mark.parametrize(
+    ("asked", "cuda", "taken"),
+    [
+        ("", "wgmma", "wgmma"),
+        ("auto", "mma", "mma"),
+        ("mma", "wgmma", "mma"),
+        ("wgmma", "wgmma", "wgmma"),
+        ("wgmma", "no device", "no device"),
+    ],
+)
+def test_a_kernel_can_be_demanded(
+    asked: str, cuda: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTVIDEO_VSA_KERNEL", asked)
+    assert _asked(cuda) == taken
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"), [("wgmma", "capability 9.0"), ("triton", "use auto, mma or wgmma")]
+)
+def test_a_kernel_that_is_not_to_be_had_is_refused(
+    asked: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTVIDEO_VSA_KERNEL", asked)
+    with pytest.raises(UserError, match=f"FASTVIDEO_VSA_KERNEL={asked}: .*{reason}"):
+        _asked("mma")
 
 
 def test_a_cpu_says_its_instruction_set() -> None:

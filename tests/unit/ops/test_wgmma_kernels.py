@@ -2,11 +2,6 @@
 """The Hopper kernels of the fine attention, run by the emulator, and their instructions."""
 
 import ctypes
-import os
-import re
-import shutil
-import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -224,56 +219,3 @@ def test_keys_that_heads_share_by_a_stride_of_0_are_copied(wgmma: Emulator) -> N
     shared = replace(inputs, k_BHND=inputs.k_BHND[:, :1].expand(-1, 2, -1, -1))
     out, _ = wgmma.ops.vsa_fine_forward(*shared.forward())
     assert error(out, expected(shared)["out"]) < TOLERANCE
-
-
-# ---- what nvcc makes of them -------------------------------------------------------------------
-
-
-def disassembly(code: Path) -> dict[str, str]:
-    """Return the instructions of each kernel; none without the tools, which toolkits may lack."""
-    installed = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
-    path = f"{os.environ['PATH']}:{installed}"
-    tool = shutil.which("cuobjdump", path=path)
-    if not tool or not shutil.which("nvdisasm", path=path):
-        return {}
-    environment = {**os.environ, "PATH": path}
-    command = [tool, "-sass", str(code)]
-    text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", text.stdout, re.S))
-
-
-@pytest.mark.parametrize(
-    ("direction", "kernels", "threads"), [("forward", 4, 512), ("backward", 8, 384)]
-)
-def test_products_run_in_the_background_and_nothing_spills(
-    direction: str, kernels: int, threads: int, tmp_path: Path
-) -> None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc in PATH")
-    code, include = tmp_path / "code.cubin", Path(torch.__file__).parent / "include"
-    done = subprocess.run(
-        [
-            *(nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"),
-            *("-DFASTVIDEO_SM90", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"),
-            *(f"-I{CSRC}", f"-isystem={include}", "-Xptxas", "-v", "-cubin"),
-            *("-gencode", "arch=compute_90a,code=sm_90a"),
-            *(str(CSRC / "vsa" / f"fine_{direction}_sm90.cu"), "-o", str(code)),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    # C75..: ptxas lets products wait for each other, or ignores setmaxnreg.
-    assert "(C75" not in done.stderr
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert spills == [("0", "0")] * kernels
-    registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
-    # All that a block may have: the kernels then share them out by setmaxnreg.
-    assert registers == [65536 // threads // 8 * 8] * kernels
-    for name, instructions in disassembly(code).items():
-        assert instructions.count("HGMMA") >= 26, name
-        assert instructions.count("UTMALDG") >= 4, name
-        assert instructions.count("USETMAXREG") == 2, name
-        assert not re.search(r"\b(LDL|STL)\b", instructions), name
