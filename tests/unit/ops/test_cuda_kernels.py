@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import Emulator
-from .fine_cases import GRADIENTS, Case, Inputs, error, expected, make
+from tests.unit.ops.conftest import Emulator
+from tests.unit.ops.fine_cases import GRADIENTS, Case, Inputs, error, expected, make
 
 FULL = (64, 64, 64)
 RAGGED = (64, 33, 16, 1)
@@ -47,7 +47,7 @@ def poison(inputs: Inputs) -> None:
             del kept
 
 
-@pytest.fixture(params=["mma"])
+@pytest.fixture(params=["mma", "wgmma"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which kernels run."""
     name: str = request.param

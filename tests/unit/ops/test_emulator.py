@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import Emulator
+from tests.unit.ops.conftest import Emulator
 
 SEEDS = ("0", "1", "2")
 
