@@ -219,13 +219,15 @@ def rms(x: Tensor, weight: Tensor | None, angles: list[Tensor | None], across: b
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
 
-@pytest.mark.parametrize("heads_first", [False, True], ids=["tokens-first", "heads-first"])
-@pytest.mark.parametrize("case", RMS_CASES, ids=str)
+LAYOUTS = [(case, False) for case in RMS_CASES]
+# Smaller shapes say what there is to say of the other layout.
+LAYOUTS += [(case, True) for case in RMS_CASES if case.shape[2] * case.shape[3] <= 2048]
+
+
+@pytest.mark.parametrize(("case", "heads_first"), LAYOUTS, ids=str)
 def test_rms_norm_with_rotation_and_its_gradients(
     emulator: Any, case: Rms, heads_first: bool
 ) -> None:
-    if heads_first and case.shape[2] * case.shape[3] > 2048:
-        pytest.skip("said by smaller shapes")
     generator = torch.Generator().manual_seed(6)
 
     def random(*shape: int) -> Tensor:
