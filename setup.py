@@ -56,8 +56,7 @@ AVX512 = [
     "-mprefer-vector-width=512",
 ]
 X86_ISAS = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr"]
-SANITIZERS += ["-fno-sanitize-recover=undefined"]
+SANITIZERS = ["-O1", "-g1", "-fsanitize=address"]
 ISAS = X86_ISAS if platform.machine() == "x86_64" else {"generic": []}
 
 
