@@ -65,10 +65,13 @@ class Case:
 
 
 SPARSITIES = (0.9, 0.95, 0.8, 0.0)
+# torch's dense attention in bfloat16 takes many seconds a pass on CPUs: one case of it.
 CPU_CASES = (
-    *(Case((8, 32, 32), 1, 128, dtype, s) for s in SPARSITIES for dtype in ("float32", "bfloat16")),
-    *(Case((4, 32, 32), 1, 128, dtype, 0.9) for dtype in ("float32", "bfloat16")),
-    *(Case((16, 32, 32), 1, 128, dtype, 0.9) for dtype in ("float32", "bfloat16")),
+    Case((8, 32, 32), 1, 128, "float32", 0.9),
+    Case((8, 32, 32), 1, 128, "bfloat16", 0.9),
+    *(Case((8, 32, 32), 1, 128, "float32", sparsity) for sparsity in SPARSITIES[1:]),
+    Case((4, 32, 32), 1, 128, "float32", 0.9),
+    Case((16, 32, 32), 1, 128, "float32", 0.9),
 )
 GPU_CASES = tuple(
     Case(video, 12, 128, "bfloat16", sparsity)
