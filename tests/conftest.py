@@ -16,6 +16,8 @@ import pytest
 os.environ.update(
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
+    # On processors with AVX2 alone MKL rounds by where numbers lie in memory, unless told not to.
+    MKL_CBWR="AUTO,STRICT",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
     # torch's compiler starts threads that a test's forked processes would wait for in vain.
