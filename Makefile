@@ -22,12 +22,14 @@ help: ## list the targets
 
 venv: .venv/.dev ## create or update .venv with everything to run and develop
 
-kernels: .venv/.kernels ## csrc/ to fastvideo/_C.so; for CUDA where nvcc is found
+# The build knows itself what changed; what it compiles it shows.
+kernels: .venv/.train ## csrc/ to fastvideo/_C.so; for CUDA where nvcc is found
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: .venv/.train ## real clips to a finetuned model, on the CPU
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/tiny_real_clips/demo.sh
 
-test: .venv/.dev .venv/.kernels ## pytest $(ARGS)
+test: .venv/.dev kernels ## pytest $(ARGS)
 	$(BIN)/pytest $(ARGS)
 
 check: .venv/.dev ## lint, types, imports, scripts, configs; changes nothing
@@ -66,11 +68,6 @@ clean-venv: ## remove .venv
 	$(PIP) install --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
 	FASTVIDEO_BUILD=none $(PIP) install --no-deps --no-build-isolation --editable .
 	$(PIP) check
-	touch $@
-
-# The build knows itself what changed; what it compiles it shows.
-.venv/.kernels: .venv/.train setup.py $(call files,'csrc/*')
-	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 .venv/.dev: .venv/.train requirements/dev.txt

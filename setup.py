@@ -10,12 +10,14 @@ are found, nothing more. Nothing asks for a GPU. ``python setup.py build_emulato
 library of the tests, in which g++ compiles the CUDA sources against csrc/emulator.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -153,9 +155,9 @@ def find_cuda(mode: str) -> tuple[Cuda | None, str]:
     if mode == "cpu":
         return None, "FASTVIDEO_BUILD=cpu"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if nvcc is None:
-        reason = "nvcc was not found in CUDA_HOME or PATH"
+        reason = f"nvcc was not found in {f'CUDA_HOME={home}' if home else 'PATH'}"
         if mode == "cuda":
             fail(f"FASTVIDEO_BUILD=cuda, but {reason}")
         return None, reason
@@ -179,7 +181,7 @@ class Library:
     folder: Path
     commands: list[list[str]] = field(default_factory=list)
 
-    def compile(self, compiler: list[str], source: Path, *, name: str) -> None:
+    def add(self, compiler: list[str], source: Path, *, name: str) -> None:
         """Add one object."""
         target = self.folder / f"{name}.o"
         self.commands.append([*compiler, "-c", str(source), "-o", str(target)])
@@ -188,16 +190,25 @@ class Library:
         """Run what is not up to date, and link."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        asked = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        if not asked.isdecimal() or (jobs := int(asked)) < 1:
+            fail(f"MAX_JOBS={asked}: give the number of compilers at a time")
         headers = digest(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
         with ThreadPoolExecutor(jobs) as pool:
-            changed = list(pool.map(lambda command: run_once(command, headers), self.commands))
-        if not any(changed) and self.path.is_file():
-            return
+            stamps = list(pool.map(lambda command: run_once(command, headers), self.commands))
         new = self.path.with_suffix(".new")
         objects = [command[-1] for command in self.commands]
-        run(["g++", "-shared", *objects, "-o", str(new), *link])
+        command = [*cxx(), "-shared", *objects, "-o", str(new), *link]
+        # Each place the library is built to has a stamp of its own, written when it is there.
+        place = hashlib.sha256(str(self.path.absolute()).encode()).hexdigest()[:16]
+        stamp = self.folder / f"linked-{place}.stamp"
+        now = hashlib.sha256(json.dumps([command, stamps]).encode()).hexdigest()
+        if self.path.is_file() and stamp.is_file() and stamp.read_text() == now:
+            return
+        stamp.unlink(missing_ok=True)
+        run(command)
         new.replace(self.path)  # a process that has the old one open keeps it
+        stamp.write_text(now)
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -208,17 +219,33 @@ def digest(paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
-def run_once(command: list[str], headers: str) -> bool:
-    """Run a compiler unless command, source and headers are those of the last time."""
+@functools.cache
+def version_of(compiler: str) -> str:
+    """Return what a compiler says of itself: another one may come to stand at the same place."""
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+
+
+def cxx() -> list[str]:
+    """Return the C++ compiler: CXX, which may be several words, or g++."""
+    return shlex.split(os.environ.get("CXX") or "g++")
+
+
+def run_once(command: list[str], headers: str) -> str:
+    """Run a compiler unless it, command, source and headers are those of the last time.
+
+    Returns:
+        A hash of all these.
+    """
     source, target = Path(command[-3]), Path(command[-1])
     stamp = target.with_suffix(".stamp")
-    now = hashlib.sha256(json.dumps([command, headers]).encode() + source.read_bytes()).hexdigest()
+    made_of = json.dumps([version_of(command[0]), command, headers])
+    now = hashlib.sha256(made_of.encode() + source.read_bytes()).hexdigest()
     if target.is_file() and stamp.is_file() and stamp.read_text() == now:
-        return False
+        return now
     stamp.unlink(missing_ok=True)
     target.with_suffix(".log").write_text(run(command))
     stamp.write_text(now)
-    return True
+    return now
 
 
 def run(command: list[str]) -> str:
@@ -233,8 +260,14 @@ def run(command: list[str]) -> str:
 
 
 def torch_flags(torch: Path) -> list[str]:
-    """Flags of every file that sees torch."""
-    return [f"-I{CSRC}", "-isystem", str(torch / "include"), STABLE_ABI]
+    """Flags of every file that sees torch; its version, so that another one is another command."""
+    return [
+        f"-I{CSRC}",
+        f"-DFASTVIDEO_BUILT_WITH_TORCH={torch_version(torch)}",
+        "-isystem",
+        str(torch / "include"),
+        STABLE_ABI,
+    ]
 
 
 def link_flags(torch: Path) -> list[str]:
@@ -245,7 +278,7 @@ def link_flags(torch: Path) -> list[str]:
 
 def add_cpu(library: Library, torch: Path, *, info: dict[str, object]) -> None:
     """Add the C++ sources: kernels once for each instruction set, the rest once."""
-    compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *torch_flags(torch)]
+    compiler = [*cxx(), *CXX_FLAGS, *torch_flags(torch)]
     told = f"-DFASTVIDEO_BUILD_INFO={json.dumps(json.dumps(info))}"
     for source in sorted(CSRC.rglob("*.cpp")):
         if source.is_relative_to(CSRC / "emulator"):
@@ -253,12 +286,10 @@ def add_cpu(library: Library, torch: Path, *, info: dict[str, object]) -> None:
         name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
         if not source.stem.startswith("kernels_"):
             extra = [told] if name == "bindings" else []
-            library.compile([*compiler, *extra], source, name=name)
+            library.add([*compiler, *extra], source, name=name)
             continue
         for isa, flags in ISAS.items():
-            library.compile(
-                [*compiler, *flags, f"-DFASTVIDEO_ISA={isa}"], source, name=f"{name}-{isa}"
-            )
+            library.add([*compiler, *flags, f"-DFASTVIDEO_ISA={isa}"], source, name=f"{name}-{isa}")
 
 
 def add_cuda(library: Library, torch: Path, cuda: Cuda) -> None:
@@ -270,7 +301,7 @@ def add_cuda(library: Library, torch: Path, cuda: Cuda) -> None:
         gencode = cuda.gencode(only="90a" if source.stem.endswith("_sm90") else "")
         name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
         if gencode:
-            library.compile([*compiler, *gencode], source, name=f"{name}-cuda")
+            library.add([*compiler, *gencode], source, name=f"{name}-cuda")
 
 
 class BuildKernels(build_ext):
@@ -325,12 +356,12 @@ class BuildEmulator(Command):
         torch = find_torch()
         folder = Path("build") / "emulator"
         library = Library(folder / "_emulator.so", folder / "objects")
-        compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *torch_flags(torch)]
+        compiler = [*cxx(), *CXX_FLAGS, *torch_flags(torch)]
         # Registers and stacks hold huge numbers until they are written.
         compiler += ["-DFASTVIDEO_EMULATOR", "-ftrivial-auto-var-init=pattern", WITH_SM90]
         for source in sorted((*CSRC.rglob("*.cu"), *(CSRC / "emulator").rglob("*.cpp"))):
             name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
-            library.compile([*compiler, "-x", "c++"], source, name=name)
+            library.add([*compiler, "-x", "c++"], source, name=name)
         library.build(link_flags(torch))
 
 
@@ -354,7 +385,7 @@ class BuildChecked(Command):
         torch = find_torch()
         wide = ["-DFASTVIDEO_WIDE", "-DFASTVIDEO_PORTABLE_PAIRS"]
         variants = {"avx2": AVX2, "wide": wide} if "avx2" in ISAS else {"wide": wide}
-        compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *SANITIZERS, *torch_flags(torch)]
+        compiler = [*cxx(), *CXX_FLAGS, *SANITIZERS, *torch_flags(torch)]
         # Both come as the build called generic.
         compiler += ["-DFASTVIDEO_ONE_ISA", '-DFASTVIDEO_BUILD_INFO="{}"']
         for variant, flags in variants.items():
@@ -365,10 +396,10 @@ class BuildChecked(Command):
                     continue
                 name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
                 if not source.stem.startswith("kernels_"):
-                    library.compile(compiler, source, name=name)
+                    library.add(compiler, source, name=name)
                     continue
                 own = [*compiler, *flags, "-DFASTVIDEO_ISA=generic"]
-                library.compile(own, source, name=f"{name}-{variant}")
+                library.add(own, source, name=f"{name}-{variant}")
             library.build([*SANITIZERS, *link_flags(torch)])
 
 

@@ -80,4 +80,16 @@ inline Tensor with_dense_rows(const Tensor& tensor) {
     return has_dense_rows(tensor) ? tensor : torch::stable::contiguous(tensor);
 }
 
+// An uninitialised tensor of the layout of `x` if that has dense rows, otherwise a contiguous one.
+inline Tensor empty_rows_like(const Tensor& x) {
+    Tensor like = torch::stable::empty_like(x);
+    const bool dense = x.size(x.dim() - 1) <= 1 || like.stride(x.dim() - 1) == 1;
+    return dense ? like : torch::stable::new_empty(x, x.sizes());
+}
+
+// The same for what may not have been given: (0,) then.
+inline Tensor empty_rows_like(const OptionalTensor& vectors, const Tensor& x) {
+    return vectors ? empty_rows_like(*vectors) : torch::stable::new_empty(x, {0});
+}
+
 }  // namespace fastvideo

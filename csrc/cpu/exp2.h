@@ -6,11 +6,12 @@
 
 namespace fastvideo::cpu::FASTVIDEO_ISA {
 
-// 2^x to a relative 2e-7, NaN stays NaN; x below -126 counts as -126, x must be below 127.5.
+// 2^x to a relative 2e-7, NaN stays NaN; x counts as -126 below and as 127 above.
 inline Floats exp2(Floats x) {
     // Adding it leaves round(x) + 127 in the lowest bits: the exponent of 2^round(x).
     constexpr float kRound = 12582912.0f + 127.0f;
     x = x < -126.0f ? splat(-126.0f) : x;
+    x = x > 127.0f ? splat(127.0f) : x;
     const Floats rounded = x + kRound;
     const Floats rest = x - (rounded - kRound);
     // Minimax for the relative error on [-0.5, 0.5].

@@ -119,12 +119,14 @@ inline size_t max_shared_bytes() {
         attribute_of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-// Kernels are to say so if they want more shared memory than all devices have.
+// Kernels are to say so if they want more shared memory than all devices have. They always ask for
+// the most: a thread that asks for less would take it from a launch of the same kernel in another.
 inline void allow_shared(const void* kernel, size_t bytes) {
     constexpr size_t kWithoutAsking = 48 * 1024;
     if (bytes > kWithoutAsking)
-        FASTVIDEO_CUDA_CHECK(cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+        FASTVIDEO_CUDA_CHECK(cudaFuncSetAttribute(kernel,
+                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                  static_cast<int>(max_shared_bytes())));
 }
 
 // Blocks of a kernel that a multiprocessor runs at the same time.

@@ -48,30 +48,30 @@ struct Scratch {
     }
 };
 
-// Turns scores (keys, queries) into weights 2^(scale * score - reference) of the softmax and adds
+// Turns scores (keys, queries) into weights 2^(scale (score - reference)) of the softmax and adds
 // them to `total`. Says whether `rescale` holds factors other than 1.
 template <class Unit>
 bool soften(const Scratch<Unit>& scratch, int keys, int queries, float scale, bool first) {
     bool rescaled = false;
+    const float slack = kSlack / scale;
     for (int query = 0; query < queries; query += kWidth) {
         float* scores = scratch.scores + query;
         Floats highest = load(scores);
         for (int key = 1; key < keys; ++key)
             highest = maximum(load(scores + key * kLeftWidth), highest);
-        highest *= scale;
         Floats reference = load(scratch.reference + query);
         Floats total = load(scratch.total + query);
         if (first) {
             reference = highest;
             total = Floats{};
         } else {
-            const Ints grown = highest > reference + kSlack;
+            const Ints grown = highest > reference + slack;
             bool any = false;
             for (int lane = 0; lane < kWidth; ++lane) any |= grown[lane] != 0;
             Floats factor = splat(1.0f);
             if (any) {
                 const Floats raised = grown ? highest : reference;
-                factor = grown ? exp2(reference - raised) : factor;
+                factor = grown ? exp2((reference - raised) * scale) : factor;
                 reference = raised;
                 total *= factor;
                 rescaled = true;
@@ -80,7 +80,8 @@ bool soften(const Scratch<Unit>& scratch, int keys, int queries, float scale, bo
         }
         for (int key = 0; key < keys; ++key) {
             float* at = scores + key * kLeftWidth;
-            const Floats weight = exp2(load(at) * scale - reference);
+            // In this order the highest is 0 exactly, however large scores are.
+            const Floats weight = exp2((load(at) - reference) * scale);
             total += weight;
             store(at, weight);
         }
@@ -102,8 +103,8 @@ inline void pair_up(const float* scores, int keys, int queries, Pair* to) {
 }
 
 template <class T>
-void write_out(const vsa::ForwardTile& work, const float* sums, int stride, const float* reference,
-               const float* total) {
+void write_out(const vsa::ForwardTile& work, const float* sums, int stride, float scale,
+               const float* reference, const float* total) {
     const int channels = work.head_dim;
     for (int i = 0; i < work.tile.tokens; ++i) {
         const int64_t token = work.tile.first + i;
@@ -120,7 +121,7 @@ void write_out(const vsa::ForwardTile& work, const float* sums, int stride, cons
             }
             store_some(out + channel, value, count);
         });
-        work.lse[token] = any ? (reference[i] + log2f(total[i])) * kLn2 : -INFINITY;
+        work.lse[token] = any ? (reference[i] * scale + log2f(total[i])) * kLn2 : -INFINITY;
     }
     zero_padding<T>(work.out, work.tile, channels);
     for (int token = work.tile.begin; token < work.tile.end; ++token)
@@ -186,7 +187,7 @@ void forward(const vsa::ForwardTile& work, std::byte* memory) {
         product(weights, kLeftWidth, kv.v, Shapes<Unit>::kTokenSteps, steps<Unit>(keys), queries,
                 work.head_dim, scratch.sums, width, next);
     }
-    write_out<T>(work, scratch.sums, width, scratch.reference, scratch.total);
+    write_out<T>(work, scratch.sums, width, scale, scratch.reference, scratch.total);
 }
 
 #define FASTVIDEO_FORWARD(T)                                             \

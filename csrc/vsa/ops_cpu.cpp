@@ -15,7 +15,6 @@ namespace fastvideo::vsa {
 namespace {
 
 using torch::stable::contiguous;
-using torch::stable::empty_like;
 using torch::stable::new_empty;
 
 static_assert(kTileTokens == kMostTileTokens && kMostChannels == kMostHeadDim);
@@ -32,14 +31,6 @@ const int32_t* ints_of(const Tensor& x) { return static_cast<const int32_t*>(x.c
 
 OptionalTensor contiguous_or_none(const OptionalTensor& x) {
     return x ? OptionalTensor(contiguous(*x)) : std::nullopt;
-}
-
-// Results have the layout of what they belong to; kernels could not write that of a tensor that
-// they read a `copy` of.
-Tensor in_layout_of(const Tensor& original, Tensor result, bool copy) {
-    if (!copy) return result;
-    Tensor laid_out = empty_like(original);
-    return torch::stable::copy_(laid_out, result);
 }
 
 // Tiles ascend, have 1 to 64 tokens each and stay within the tokens. `tiles` is contiguous.
@@ -214,7 +205,7 @@ std::tuple<Tensor, Tensor> vsa_fine_forward(Tensor q, Tensor k, Tensor v, Tensor
     FineForward problem{};
     FineTensors x{q, k, v, index, q_tiles, kv_tiles, counts, coarse, gate};
     x.prepare(problem);
-    Tensor out = empty_like(x.q);
+    Tensor out = empty_rows_like(q);
     Tensor lse = new_empty(x.q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
     problem.q = rows_of(x.q);
     problem.k_rows = rows_of(x.k);
@@ -224,7 +215,7 @@ std::tuple<Tensor, Tensor> vsa_fine_forward(Tensor q, Tensor k, Tensor v, Tensor
     problem.out = rows_of(out);
     problem.lse = static_cast<float*>(lse.mutable_data_ptr());
     fine_forward(problem, dtype_of(q.scalar_type()));
-    return {in_layout_of(q, out, !has_dense_rows(q)), lse};
+    return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vsa_fine_backward(
@@ -241,9 +232,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vsa_fine_backward(
     offsets = contiguous(offsets);
     rows = contiguous(rows);
     check_inverse_values(offsets, rows, problem);
-    Tensor dq = empty_like(x.q), dk = empty_like(x.k), dv = empty_like(x.v);
-    Tensor dcoarse = x.coarse ? empty_like(*x.coarse) : new_empty(q, {0}, ScalarType::Float);
-    Tensor dgate = x.gate ? empty_like(*x.gate) : new_empty(q, {0});
+    Tensor dq = empty_rows_like(q), dk = empty_rows_like(k), dv = empty_rows_like(v);
+    Tensor dcoarse =
+        coarse ? new_empty(*coarse, coarse->sizes()) : new_empty(q, {0}, ScalarType::Float);
+    Tensor dgate = empty_rows_like(gate, q);
     problem.grad = rows_of(grad);
     problem.q = rows_of(x.q);
     problem.k_rows = rows_of(x.k);
@@ -264,10 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vsa_fine_backward(
         problem.dgate = rows_of(dgate);
     }
     fine_backward(problem, dtype_of(q.scalar_type()));
-    return {in_layout_of(q, dq, !has_dense_rows(q)), in_layout_of(k, dk, !has_dense_rows(k)),
-            in_layout_of(v, dv, !has_dense_rows(v)),
-            coarse ? in_layout_of(*coarse, dcoarse, !coarse->is_contiguous()) : dcoarse,
-            gate ? in_layout_of(*gate, dgate, !has_dense_rows(*gate)) : dgate};
+    return {dq, dk, dv, dcoarse, dgate};
 }
 
 }  // namespace

@@ -18,7 +18,6 @@ namespace fastvideo::vsa {
 namespace {
 
 using torch::stable::contiguous;
-using torch::stable::empty_like;
 using torch::stable::new_empty;
 
 // FASTVIDEO_VSA_KERNEL: auto (or nothing), mma, wgmma. Read at each call, as tests change it.
@@ -80,13 +79,15 @@ const int32_t* ints_of(const Tensor& x) { return static_cast<const int32_t*>(x.c
 
 const Tile* tiles_of(const Tensor& x) { return static_cast<const Tile*>(x.const_data_ptr()); }
 
-OptionalTensor contiguous_or_none(const OptionalTensor& x) {
-    return x ? OptionalTensor(contiguous(*x)) : std::nullopt;
+// Contiguous, and where kernels may load two numbers at once: a view may begin at an odd one.
+Tensor contiguous_pairs(const Tensor& x) {
+    Tensor dense = contiguous(x);
+    const bool aligned = reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 8 == 0;
+    return aligned ? dense : torch::stable::clone(dense);
 }
 
-// A result with the layout of `x`, or of the copy that kernels read if x's own rows are not dense.
-Tensor result_like(const Tensor& x, const Tensor& prepared) {
-    return empty_like(x.stride(3) == 1 ? x : prepared);
+OptionalTensor contiguous_or_none(const OptionalTensor& x) {
+    return x ? OptionalTensor(contiguous(*x)) : std::nullopt;
 }
 
 // Arguments of both passes in the form kernels read, kept alive while they are put to work.
@@ -105,10 +106,10 @@ struct FineTensors {
         k = with_aligned_rows(k);
         v = with_aligned_rows(v);
         index = contiguous(index);
-        q_tiles = contiguous(q_tiles);
-        kv_tiles = contiguous(kv_tiles);
+        q_tiles = contiguous_pairs(q_tiles);
+        kv_tiles = contiguous_pairs(kv_tiles);
         counts = contiguous_or_none(counts);
-        coarse = contiguous_or_none(coarse);
+        if (coarse) coarse = contiguous_pairs(*coarse);
         if (gate) gate = with_aligned_rows(*gate);
         problem.q_tiles = tiles_of(q_tiles);
         problem.kv_tiles = tiles_of(kv_tiles);
@@ -124,7 +125,7 @@ std::tuple<Tensor, Tensor> vsa_fine_forward(Tensor q, Tensor k, Tensor v, Tensor
     FineForward problem{};
     FineTensors x{q, k, v, index, q_tiles, kv_tiles, counts, coarse, gate};
     x.prepare(problem);
-    Tensor out = result_like(q, x.q);
+    Tensor out = empty_rows_like(q);
     Tensor lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
     problem.q = rows_of(x.q);
     problem.k_rows = rows_of(x.k);
@@ -151,9 +152,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vsa_fine_backward(
     lse = contiguous(lse);
     offsets = contiguous(offsets);
     rows = contiguous(rows);
-    Tensor dq = result_like(q, x.q), dk = result_like(k, x.k), dv = result_like(v, x.v);
-    Tensor dcoarse = x.coarse ? empty_like(*x.coarse) : new_empty(q, {0}, ScalarType::Float);
-    Tensor dgate = x.gate ? result_like(*gate, *x.gate) : new_empty(q, {0});
+    Tensor dq = empty_rows_like(q), dk = empty_rows_like(k), dv = empty_rows_like(v);
+    Tensor dcoarse =
+        coarse ? new_empty(*coarse, coarse->sizes()) : new_empty(q, {0}, ScalarType::Float);
+    Tensor dgate = empty_rows_like(gate, q);
     Tensor delta = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
     problem.grad = rows_of(grad);
     problem.q = rows_of(x.q);

@@ -78,6 +78,16 @@ def _activate(path: Path, namespace: str) -> None:
     _active = getattr(torch.ops, namespace)
 
 
+def empty_rows_like(x: torch.Tensor) -> torch.Tensor:
+    """Return what kernels allocate for results: the layout of ``x`` if that has dense rows.
+
+    Otherwise, as for inputs that overlap in memory, it is contiguous. The same as in csrc/tensor.h.
+    """
+    like = torch.empty_like(x)
+    dense = x.shape[-1] <= 1 or like.stride(-1) == 1
+    return like if dense else x.new_empty(x.shape)
+
+
 @contextmanager
 def emulator(path: Path) -> Iterator[None]:
     """Let every operator be the CUDA kernel that g++ compiled for the CPU, in tests.

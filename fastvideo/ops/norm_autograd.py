@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvideo.ops import library
+from fastvideo.ops.library import empty_rows_like
 
 
 def _not_twice(ctx: Any, *grads: Tensor) -> Any:
@@ -21,25 +22,25 @@ def _not_twice(ctx: Any, *grads: Tensor) -> Any:
 
 
 def _layer_forward(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return _rows(x), *_statistics(x)
+    return empty_rows_like(x), *_statistics(x)
 
 
 def _layer_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *vectors: Tensor | None
 ) -> tuple[Tensor, ...]:
-    return _rows(x), *(_rows_or_none(vector, x) for vector in vectors)
+    return empty_rows_like(x), *(_rows_or_none(vector, x) for vector in vectors)
 
 
 def _residual_gate_forward(residual: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    return _rows(residual)
+    return empty_rows_like(residual)
 
 
 def _residual_gate_backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    return _rows(y), _rows(gate)
+    return empty_rows_like(y), empty_rows_like(gate)
 
 
 def _residual_layer_forward(residual: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return _rows(residual), _rows(residual), *_statistics(residual)
+    return empty_rows_like(residual), empty_rows_like(residual), *_statistics(residual)
 
 
 def _residual_layer_backward(
@@ -47,20 +48,22 @@ def _residual_layer_backward(
 ) -> tuple[Tensor, ...]:
     _, _, gate, *vectors = rest
     of_y = None if gate is None else y
-    return _rows(total), *(_rows_or_none(given, total) for given in (of_y, gate, *vectors))
+    return empty_rows_like(total), *(
+        _rows_or_none(given, total) for given in (of_y, gate, *vectors)
+    )
 
 
 def _rms_forward(
     x: Tensor, weight: Any, cos: Any, sin: Any, across_heads: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:2], 1 if across_heads else x.shape[2])
-    return _rows(x), x.new_empty(shape, dtype=torch.float32)
+    return empty_rows_like(x), x.new_empty(shape, dtype=torch.float32)
 
 
 def _rms_backward(
     grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    return _rows(x), _rows_or_none(weight, x)
+    return empty_rows_like(x), _rows_or_none(weight, x)
 
 
 SHAPES: dict[str, Callable[..., Any]] = {
@@ -75,15 +78,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _rows(x: Tensor) -> Tensor:
-    """What every kernel allocates: the layout of ``x`` if that has dense rows, else contiguous."""
-    like = torch.empty_like(x)
-    dense = x.shape[-1] <= 1 or like.stride(-1) == 1
-    return like if dense else x.new_empty(x.shape)
-
-
 def _rows_or_none(given: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(0) if given is None else _rows(given)
+    return x.new_empty(0) if given is None else empty_rows_like(given)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastvideo.ops.library import register
+from fastvideo.ops.library import empty_rows_like, register
 
 
 @register
@@ -50,7 +50,7 @@ def _invert(index: Tensor, counts: Tensor | None, num_kv_tiles: int) -> tuple[Te
 
 
 def _fine_forward(q: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _fine_backward(
@@ -58,11 +58,11 @@ def _fine_backward(
 ) -> tuple[Tensor, ...]:
     coarse, gate = rest[-2:]
     return (
-        torch.empty_like(q),
-        torch.empty_like(k),
-        torch.empty_like(v),
-        q.new_empty((0,), dtype=torch.float32) if coarse is None else torch.empty_like(coarse),
-        q.new_empty((0,)) if gate is None else torch.empty_like(gate),
+        empty_rows_like(q),
+        empty_rows_like(k),
+        empty_rows_like(v),
+        q.new_empty((0,) if coarse is None else coarse.shape, dtype=torch.float32),
+        q.new_empty((0,)) if gate is None else empty_rows_like(gate),
     )
 
 

@@ -20,11 +20,16 @@ def setup(*arguments: str, python: str = sys.executable, **environment: str) -> 
     done = subprocess.run(
         [python, "setup.py", *arguments],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**without_toolkit(), **environment},
         capture_output=True,
         text=True,
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def without_toolkit() -> dict[str, str]:
+    """The environment, where nvcc is in PATH or nowhere."""
+    return {name: value for name, value in os.environ.items() if name[:5] != "CUDA_"}
 
 
 @pytest.fixture
@@ -79,9 +84,14 @@ def test_a_torch_that_is_too_old_is_named(bare_python: str, tmp_path: Path) -> N
     ("environment", "reason"),
     [
         ({"FASTVIDEO_BUILD": "gpu"}, "FASTVIDEO_BUILD=gpu: use auto, cpu, cuda, none"),
+        ({"FASTVIDEO_BUILD": "cpu", "MAX_JOBS": "0"}, "MAX_JOBS=0: give the number"),
+        (
+            {"FASTVIDEO_BUILD": "cuda", "CUDA_HOME": "/nowhere"},
+            "FASTVIDEO_BUILD=cuda, but nvcc was not found in CUDA_HOME=/nowhere",
+        ),
         (
             {"FASTVIDEO_BUILD": "cuda", "PATH": COMPILERS},
-            "FASTVIDEO_BUILD=cuda, but nvcc was not found in CUDA_HOME or PATH",
+            "FASTVIDEO_BUILD=cuda, but nvcc was not found in PATH",
         ),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastvideo import ops
 from fastvideo.ops import Tiles, library
 from fastvideo.ops.library import operators
 from tests.unit.ops import vsa_cpu_cases as cases
@@ -359,3 +360,45 @@ def test_an_error_names_the_argument(name: str) -> None:
     with pytest.raises((RuntimeError, NotImplementedError)) as error:
         call()
     assert message in str(error.value)
+
+
+STRANGE = {
+    "rows that overlap": lambda x: x[0, 0, :, 0].unfold(0, x.shape[3], 1)[None, None, :129],
+    "heads that are one": lambda x: x[:, :1].expand(-1, 3, -1, -1),
+    "tokens that are one": lambda x: x[:, :, :1].expand(-1, -1, 200, -1),
+    "channels first": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "a view that begins anywhere": lambda x: x.flatten()[1:24001].view(1, 2, 200, 60),
+}
+
+
+@pytest.mark.parametrize("layout", STRANGE)
+def test_what_lies_strangely_in_memory_gives_the_same(layout: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randn(1, 2, 256, 64, generator=generator) for _ in range(4)]
+    strange = [STRANGE[layout](x) for x in tokens]
+    plain = [x.contiguous() for x in strange]
+    num_tokens = strange[0].shape[2]
+    firsts = torch.arange(0, num_tokens, 50, dtype=torch.int32)
+    table = torch.stack((firsts, (num_tokens - firsts).clamp(max=50)), dim=1)
+    tiles = Tiles(table, num_tokens)
+    results = []
+    for inputs in (strange, plain):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        q, k, v, gate = leaves
+        out = ops.ragged_sparse_attn(q, k, v, gate, tiles=tiles, topk=2)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e9, 1e12])
+def test_scores_of_any_size_give_a_softmax(size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 128, 64, generator=generator) for _ in range(3))
+    block_map = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    sizes = torch.tensor([64, 50])
+    out, _ = ops.block_sparse_attn(q, k * size, v, block_map, sizes)
+    expected, _ = ops.block_sparse_attn_reference(
+        q.double(), (k * size).double(), v.double(), block_map, sizes
+    )
+    assert (out - expected).norm() / expected.norm() < 1e-4
