@@ -26,7 +26,8 @@ inline constexpr uint32_t kPatternBytes = 8 * kBoxRowBytes;
 
 // A matrix descriptor: bits 0-13 address, 16-29 leading offset, 32-45 stride offset, all of them in
 // 16 bytes; bits 62-63 swizzle, of which 1 is that of 128 bytes. `offset` is added to the address;
-// as shared addresses stay below 2^18, that is one addition of 32 bits for a product.
+// as shared addresses stay below 2^18 without clusters, that is one addition of 32 bits for a
+// product.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t offset,
                                                uint32_t leading_bytes, uint32_t stride_bytes) {
     const uint32_t low = (address >> 4) + ((offset >> 4) + (leading_bytes >> 4 << 16));

@@ -279,6 +279,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             };
             // A block for each item: the lengths of their lists differ much.
             produce<kConsumers>(ring, gridDim.x, begin, copy);
+            // No thread leaves while its copies are under way.
+            cuda::copy_async_commit();
+            cuda::copy_async_wait<0>();
         } else if (warp == 1) {
             zero_ends<D>(ring, stages);
         }
