@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the files of jobs: a folder for each in ``run_dir/jobs``, and in it one for each part."""
+"""Names of the files of jobs: a folder for each in ``run_dir/jobs``, one in it for each part."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,11 @@ class PartFolder:
         return self.ended / f"{task}.{restart}.{node}.json"
 
     def requeue(self, task: int) -> Path:
-        """Its presence asks for the task to be queued again: it was stopped by the queue and all is
-        saved. What queues it again renames it to ``requeued``."""
+        """Its presence asks for the task to be queued again.
+
+        It was stopped by the queue and all is saved. What queues it again renames it to
+        ``requeued``.
+        """
         return self.root / "requeue" / str(task)
 
     def requeued(self, task: int, restart: int) -> Path:
