@@ -223,6 +223,11 @@ class RunDir:
         return self.root / (f"run-{expert}.yaml" if expert else "run.yaml")
 
     @property
+    def jobs(self) -> Path:
+        """A folder per submission, see ``fastvideo.launch.folder``."""
+        return self.root / "jobs"
+
+    @property
     def export(self) -> Path:
         """The model folder for diffusers, or LoRA files for one."""
         return self.root / "export"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is launched: a part of a job, in plain values that a renderer turns into a script."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastvideo.config.cluster import Cluster, Resources
@@ -36,16 +36,31 @@ class JobSpec:
     """Absolute; where its processes leave word and its logs go, see ``PartFolder``."""
     work_dir: Path
     """Absolute; where it starts."""
+    label: str = "fastvideo"
+    """What queues show it as."""
+    nodes: int = 1
+    """Nodes that it runs on, the verb once on each."""
     program: tuple[str, ...] = ("fastvideo",)
     """What runs verbs, inside of the container if there is one."""
     after: tuple[str, ...] = ()
     """Parts of the same job that have to succeed before."""
     array: Array | None = None
     """Several tasks instead of one."""
-    binds: tuple[Path, ...] = field(default=())
+    binds: tuple[Path, ...] = ()
     """Folders that a container has to show, absolute."""
 
     def argv(self, task: int = 0) -> tuple[str, ...]:
         """The command line of a task, without what starts a container around it."""
         of_task = (self.array.option, self.array.values[task]) if self.array else ()
         return (*self.program, *self.command, *of_task)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """``3,7,9-12``, as Slurm and ``--shards`` take it."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Submits a verb as a job of a cluster, or of this machine, and says what that would be."""
+
+import os
+import secrets
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastvideo import atomic
+from fastvideo.config.cluster import Cluster
+from fastvideo.config.recipe import Recipe
+from fastvideo.cost import layout
+from fastvideo.errors import UserError
+from fastvideo.launch import local, slurm
+from fastvideo.launch.folder import JobFolder
+from fastvideo.launch.job import JobSpec
+from fastvideo.launch.jobs import Job, unfinished
+from fastvideo.launch.record import Part, Record
+from fastvideo.launch.stages import USUAL_MAX_ARRAY, Asked, Ground, Verb, parts
+from fastvideo.models.folder import read_config
+from fastvideo.state import RunDir
+
+VERBS: tuple[Verb, ...] = ("preprocess", "train", "export", "generate", "run")
+
+
+def submit(
+    verb: Verb,
+    recipe: Recipe | Path | str,
+    cluster: Cluster | Path | str,
+    *,
+    overrides: Iterable[str] = (),
+    flags: Sequence[str] = (),
+) -> Job:
+    """Submit a verb and return at once.
+
+    Args:
+        verb: ``preprocess``, ``train``, ``export``, ``generate``, or ``run`` for all of them.
+        recipe: What to do, or the path of the YAML that says it.
+        cluster: Where, or the path of the YAML that says it.
+        overrides: ``key.path=value`` changes to a recipe that is given as a path.
+        flags: Options of the verb, e.g. ``("--force",)``.
+
+    Returns:
+        The job, with ``status()``, ``wait()``, ``logs()``, ``cancel()`` and ``result()``.
+
+    Raises:
+        UserError: Something in the recipe or the cluster cannot work, or the same is under way.
+        Failed: Slurm does not answer.
+    """
+    order = _order(verb, recipe, cluster, overrides=overrides, flags=flags)
+    asked = order.asked
+    if "--force" not in flags:
+        _refuse_twice(asked)
+    folder = _new_folder(asked)
+    specs = parts(asked, _ground(asked, folder))
+    atomic.write_bytes(folder.recipe, asked.recipe.dump().encode(), point="job.recipe")
+    record = _record(order, specs)
+    record.write(folder)
+    _hand_over(folder, specs, record)
+    return Job(folder)
+
+
+def dry_run(
+    verb: Verb,
+    recipe: Recipe | Path | str,
+    cluster: Cluster | Path | str,
+    *,
+    overrides: Iterable[str] = (),
+    flags: Sequence[str] = (),
+) -> str:
+    """What ``submit`` would hand over, as text; nothing is written."""
+    order = _order(verb, recipe, cluster, overrides=overrides, flags=flags)
+    folder = JobFolder(_absolute(RunDir(order.asked.recipe.run_dir).jobs) / _name(verb))
+    specs = parts(order.asked, _ground(order.asked, folder))
+    if order.asked.cluster.executor == "slurm":
+        return slurm.dry_run(folder, specs)
+    return local.dry_run(folder, specs)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What was asked for, checked."""
+
+    asked: Asked
+    again: tuple[str, ...]
+    """The command that submits it again."""
+
+
+def _order(
+    verb: Verb,
+    recipe: Recipe | Path | str,
+    cluster: Cluster | Path | str,
+    *,
+    overrides: Iterable[str],
+    flags: Sequence[str],
+) -> _Order:
+    if verb not in VERBS:
+        raise UserError(f"{verb!r} is no job; use one of {', '.join(VERBS)}")
+    changes = list(overrides)
+    if isinstance(recipe, Recipe) and changes:
+        raise UserError(f"overrides {changes}: belong to a recipe that is given as a path")
+    what = recipe if isinstance(recipe, Recipe) else Recipe.load(Path(recipe), changes)
+    where = cluster if isinstance(cluster, Cluster) else Cluster.load(Path(cluster))
+    names = ["RECIPE" if isinstance(recipe, Recipe) else str(recipe)]
+    names += [*changes, "--cluster", "CLUSTER" if isinstance(cluster, Cluster) else str(cluster)]
+    _check(verb, what, where)
+    return _Order(Asked(verb, what, where, tuple(flags)), ("fastvideo", verb, *names, *flags))
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check(verb: Verb, recipe: Recipe, cluster: Cluster) -> None:
+    """What cannot work, before it waits in a queue."""
+    _check_folders(recipe, cluster)
+    for name in ("preprocess", "train", "export", "generate"):
+        needs = cluster.resources(name)
+        limit = needs.time_minutes
+        if limit is not None and cluster.signal_seconds >= 60 * limit:
+            raise UserError(
+                f"signal_seconds={cluster.signal_seconds}: is no shorter than the limit of {name}, "
+                f"time_minutes={limit}; lower the one or raise the other"
+            )
+        device = getattr(recipe, name).device if name != "export" else "auto"
+        if device == "cuda" and not needs.gpus_per_node and verb in (name, "run"):
+            raise UserError(
+                f"{name}.device=cuda: the cluster gives {name} no GPUs; set gpus_per_node in the "
+                f"cluster file, or {name}.device to auto"
+            )
+    if verb in ("train", "run"):
+        _check_layout(recipe, cluster)
+
+
+def _check_folders(recipe: Recipe, cluster: Cluster) -> None:
+    work_dir = cluster.work_dir
+    if work_dir is None:
+        return
+    if not work_dir.is_absolute():
+        raise UserError(f"work_dir={work_dir}: is not absolute; jobs start on other machines")
+    paths = {"run_dir": recipe.run_dir, "shards.path": recipe.shards.path}
+    relative = [key for key, path in paths.items() if not path.expanduser().is_absolute()]
+    if relative and work_dir.resolve() != Path.cwd():
+        raise UserError(
+            f"work_dir={work_dir}: {' and '.join(relative)} of the recipe are relative to where "
+            f"you are, {Path.cwd()}; submit from work_dir, or write them absolute"
+        )
+
+
+def _check_layout(recipe: Recipe, cluster: Cluster) -> None:
+    """Whether the processes divide the batch and the model, if the model's folder is here."""
+    gpus = cluster.resources("train").gpus_per_node
+    if recipe.train.device == "cpu":
+        processes = recipe.parallel.processes or 1
+    elif recipe.parallel.processes is not None and gpus and recipe.parallel.processes > gpus:
+        raise UserError(
+            f"parallel.processes={recipe.parallel.processes}: the cluster gives each node {gpus} "
+            "GPUs; lower the one or raise gpus_per_node"
+        )
+    else:
+        processes = recipe.parallel.processes or gpus or 1
+    folder = Path(recipe.model.path).expanduser()
+    for transformer in recipe.transformers:
+        if (folder / transformer / "config.json").is_file():
+            config = read_config(folder, f"{transformer}/config.json")
+            if found := layout.problems(recipe, config, processes=processes * cluster.nodes):
+                raise UserError("\n".join(found))
+
+
+def _refuse_twice(asked: Asked) -> None:
+    """The same verbs at the same time would do the same work twice, or wait for each other's lock."""
+    run_dir = asked.recipe.run_dir
+    for job in unfinished(run_dir):
+        verbs = {asked.verb, job.record.verb}
+        experts = asked.recipe.train.expert is not None and verbs == {"train"}
+        if (len(verbs) == 1 or "run" in verbs) and not experts:
+            raise UserError(
+                f"{job.folder.root}: {job.record.verb} of this run is under way; wait for it "
+                f"(fastvideo status), or end it with fastvideo cancel, or submit with --force"
+            )
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _new_folder(asked: Asked) -> JobFolder:
+    """A folder that only its user can look into: it holds the environment and what was said."""
+    jobs = _absolute(RunDir(asked.recipe.run_dir).jobs)
+    jobs.mkdir(parents=True, exist_ok=True)
+    folder = JobFolder(jobs / _name(asked.verb))
+    folder.root.mkdir(mode=0o700)
+    return folder
+
+
+def _name(verb: str) -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{verb}-{secrets.token_hex(2)}"
+
+
+def _absolute(path: Path) -> Path:
+    """Without following links: on other machines they may lead elsewhere."""
+    return Path(os.path.abspath(path.expanduser()))
+
+
+def _ground(asked: Asked, folder: JobFolder) -> Ground:
+    cluster = asked.cluster
+    contained = cluster.container.kind != "none"
+    work_dir = cluster.work_dir or Path.cwd()
+    return Ground(
+        folder=folder,
+        recipe_file=folder.recipe,
+        work_dir=work_dir,
+        program=("fastvideo",) if contained else (sys.executable, "-m", "fastvideo"),
+        binds=_binds(asked.recipe, work_dir) if contained else (),
+        max_array=slurm.max_array_size() if cluster.executor == "slurm" else USUAL_MAX_ARRAY,
+    )
+
+
+def _binds(recipe: Recipe, work_dir: Path) -> tuple[Path, ...]:
+    """Folders that the verbs of a recipe read and write, those below another left out."""
+    made = [recipe.run_dir, recipe.shards.path]
+    for path in made:
+        path.expanduser().mkdir(parents=True, exist_ok=True)  # runtimes mount what is there
+    files = [recipe.validation.prompts, recipe.generate.prompts]
+    files += [lora.path for lora in recipe.generate.loras]
+    read = [Path(recipe.model.path), Path(recipe.source.path), *(f.parent for f in files if f)]
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    here = [_absolute(path) for path in (work_dir, *made, *read, hub) if path.expanduser().is_dir()]
+    return tuple(
+        folder
+        for folder in dict.fromkeys(here)
+        if not any(folder != other and folder.is_relative_to(other) for other in here)
+    )
+
+
+def _record(order: _Order, specs: Sequence[JobSpec]) -> Record:
+    return Record(
+        verb=order.asked.verb,
+        command=order.again,
+        executor=order.asked.cluster.executor,
+        submitter=order.asked.cluster.submitter,
+        host=socket.gethostname(),
+        created=time.time(),
+        parts=tuple(
+            Part(
+                name=spec.name,
+                verb=spec.command[0],
+                after=spec.after,
+                tasks=tuple(sorted(spec.array.values)) if spec.array else None,
+                nodes=spec.nodes,
+            )
+            for spec in specs
+        ),
+    )
+
+
+def _hand_over(folder: JobFolder, specs: Sequence[JobSpec], record: Record) -> None:
+    if record.executor == "local":
+        local.start(folder, specs)
+        return
+    ids: dict[str, str] = {}
+
+    def submitted(name: str, slurm_id: str) -> None:
+        ids[name] = slurm_id
+        known = [replace(part, slurm_id=ids.get(part.name)) for part in record.parts]
+        replace(record, parts=tuple(known)).write(folder)
+
+    slurm.submit(folder, specs, through=record.submitter, submitted=submitted)
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as one would type it."""
+    return shlex.join(command)
