@@ -87,7 +87,10 @@ def _through_submitit(spec: JobSpec, rendered: Rendered, script: Path) -> str:
     _find("srun")
     executor = submitit.SlurmExecutor(folder=spec.folder / "submitit")
     # submitit's own defaults give way: it asks for five minutes and a work key of its name.
-    options = {name.replace("-", "_"): True if value is None else value for name, value in rendered.options.items()}
+    options = {
+        name.replace("-", "_"): True if value is None else value
+        for name, value in rendered.options.items()
+    }
     executor.update_parameters(
         time=None, wckey=None, use_srun=False, stderr_to_stdout=True, additional_parameters=options
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parts a verb has as a job, from the files alone: what is missing, and what waits for what."""
+"""Which parts a verb has as a job, from the files alone: what is missing, what waits for what."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -168,4 +168,3 @@ class _Making:
         export = self.part("export", "export", after=training)
         generate = self.part("generate", "generate", after=[export])
         return [manifest, *filling, *training, export, generate]
-

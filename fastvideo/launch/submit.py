@@ -3,7 +3,6 @@
 
 import os
 import secrets
-import shlex
 import socket
 import sys
 import time
@@ -16,7 +15,7 @@ from fastvideo.config.cluster import Cluster
 from fastvideo.config.recipe import Recipe
 from fastvideo.cost import layout
 from fastvideo.errors import UserError
-from fastvideo.launch import local, slurm
+from fastvideo.launch import local, local_render, slurm
 from fastvideo.launch.folder import JobFolder
 from fastvideo.launch.job import JobSpec
 from fastvideo.launch.jobs import Job, unfinished
@@ -79,7 +78,7 @@ def dry_run(
     specs = parts(order.asked, _ground(order.asked, folder))
     if order.asked.cluster.executor == "slurm":
         return slurm.dry_run(folder, specs)
-    return local.dry_run(folder, specs)
+    return local_render.dry_run(specs)
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,8 @@ def _order(
 def _check(verb: Verb, recipe: Recipe, cluster: Cluster) -> None:
     """What cannot work, before it waits in a queue."""
     _check_folders(recipe, cluster)
+    if cluster.executor == "local":
+        local_render.check(cluster)
     for name in ("preprocess", "train", "export", "generate"):
         needs = cluster.resources(name)
         limit = needs.time_minutes
@@ -172,7 +173,7 @@ def _check_layout(recipe: Recipe, cluster: Cluster) -> None:
 
 
 def _refuse_twice(asked: Asked) -> None:
-    """The same verbs at the same time would do the same work twice, or wait for each other's lock."""
+    """The same verbs at the same time would do work twice, or find each other's lock held."""
     run_dir = asked.recipe.run_dir
     for job in unfinished(run_dir):
         verbs = {asked.verb, job.record.verb}
@@ -259,7 +260,9 @@ def _record(order: _Order, specs: Sequence[JobSpec]) -> Record:
 
 def _hand_over(folder: JobFolder, specs: Sequence[JobSpec], record: Record) -> None:
     if record.executor == "local":
-        local.start(folder, specs)
+        count = specs[0].cluster.gpus_per_node
+        gpus = local.gpu_pool(count, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+        local.start(folder, parts=[local_render.local_part(spec) for spec in specs], gpus=gpus)
         return
     ids: dict[str, str] = {}
 
@@ -269,8 +272,3 @@ def _hand_over(folder: JobFolder, specs: Sequence[JobSpec], record: Record) -> N
         replace(record, parts=tuple(known)).write(folder)
 
     slurm.submit(folder, specs, through=record.submitter, submitted=submitted)
-
-
-def shown(command: Sequence[str]) -> str:
-    """A command as one would type it."""
-    return shlex.join(command)
