@@ -196,7 +196,7 @@ def _exports(spec: JobSpec) -> list[str]:
         "export FASTVIDEO_RESTART=${SLURM_RESTART_COUNT:-0}",
         "export FASTVIDEO_LAUNCH_ID=$SLURM_JOB_ID-$FASTVIDEO_RESTART",
         "export FASTVIDEO_NODES=$SLURM_JOB_NUM_NODES",
-        "export FASTVIDEO_NODE_RANK='$SLURM_PROCID'  # each process looks there",
+        r"export FASTVIDEO_NODE_RANK=\$SLURM_PROCID  # each process looks there",
         f"export FASTVIDEO_RENDEZVOUS=$SLURMD_NODENAME:$(({ports}))",
         *(f"export {name}={shlex.quote(value)}" for name, value in environment(spec).items()),
         *(f"export {name}={_expanded(value)}" for name, value in caches(spec.cluster).items()),
@@ -205,7 +205,7 @@ def _exports(spec: JobSpec) -> list[str]:
 
 def _expanded(template: str) -> str:
     """A word of the shell with ``%u`` and ``%j`` filled in when it runs."""
-    marks: Mapping[str, str] = {"%u": '"$(id -un)"', "%j": '"$SLURM_JOB_ID"'}
+    marks: Mapping[str, str] = {"%u": '"${USER:-$UID}"', "%j": '"$SLURM_JOB_ID"'}
     pieces, rest = [], template
     while (at := rest.find("%")) >= 0:
         mark = rest[at : at + 2]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the text for sbatch, run by a real shell with strict stand-ins for Slurm's commands."""
 
-import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,11 +150,11 @@ def test_what_the_cluster_sets_reaches_the_step(tmp_path: Path, tools: StandIns)
         environment={"NCCL_DEBUG": "INFO"},
         setup=setup,
     )
-    seen = run(render(spec(tmp_path, cluster=cluster)).script, tools, tmp_path)["environment"]
-    user = os.popen("id -un").read().strip()
+    text = render(spec(tmp_path, cluster=cluster)).script
+    seen = run(text, tools, tmp_path, USER="me")["environment"]
     assert seen["OMP_NUM_THREADS"] == "3"
     assert seen["NCCL_SOCKET_IFNAME"] == seen["GLOO_SOCKET_IFNAME"] == "ib0"
-    assert seen["TRITON_CACHE_DIR"] == f"/tmp/cache-{user}-1234/triton"
+    assert seen["TRITON_CACHE_DIR"] == "/tmp/cache-me-1234/triton"
     assert seen["NCCL_DEBUG"] == "INFO" and seen["FROM_SETUP"] == "yes"
 
 
@@ -250,9 +251,11 @@ def test_the_text_is_a_clean_script(tmp_path: Path) -> None:
     cluster = Cluster(executor="slurm", cache_dir="/tmp/%u", environment={"A": "b c"})
     array = Array("--every", {0: "0/2", 1: "1/2"})
     text = render(spec(tmp_path, cluster=cluster, array=array)).script
-    (tmp_path / "job.sbatch").write_text(text)
-    checked = os.popen(f"shellcheck {shlex.quote(str(tmp_path / 'job.sbatch'))} 2>&1").read()
-    assert checked == ""
+    script = tmp_path / "job.sbatch"
+    script.write_text(text)
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert done.stdout == done.stderr == ""
 
 
 # ---------------------------------------------------------------- hostile strings
@@ -285,7 +288,8 @@ def test_hostile_strings_arrive_as_they_are(tmp_path: Path, tools: StandIns, tex
     except UserError as error:
         assert "\\" in text and "backslash" in str(error)
         rendered = render(spec(tmp_path, cluster=cluster, command=made.command, array=made.array))
-    seen = run(rendered.script, tools, tmp_path)
+    of_array = {"SLURM_ARRAY_JOB_ID": "1200", "SLURM_ARRAY_TASK_ID": "0"}
+    seen = run(rendered.script, tools, tmp_path, **of_array)
     assert seen["argv"] == ["train", text, f"model.path={text}", "--shards", text]
     assert seen["environment"]["VALUE"] == text
     assert seen["environment"]["NCCL_SOCKET_IFNAME"] == text
