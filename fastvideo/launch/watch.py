@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of Slurm's jobs: never hangs, and says so where it does not know."""
+
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from fastvideo.launch import slurm_output
+from fastvideo.launch.slurm_output import Row
+from fastvideo.launch.slurm_tools import Tool
+from fastvideo.launch.states import State, TaskState
+
+Task = int | None
+"""Number of a task in its array; None where there is no array."""
+States = dict[str, dict[Task, TaskState]]
+"""By the id of the job, then by task."""
+
+# Clocks of a login node and of the accounting may differ; ids are not used again that soon.
+_CLOCKS_DIFFER_S = 3600.0
+
+
+class Watcher:
+    """Asks sacct, then squeue, then scontrol, once for all jobs, and remembers what they said.
+
+    Accounting lags behind the queue and knows ends for ever; the queue knows the present, and ends
+    for some minutes. So sacct is believed where it says that a task ended. Everything else is
+    decided by the queue, where that answers.
+
+    Args:
+        since_s: When the jobs were submitted, or earlier; since the epoch. Older records are of
+            other jobs that had the same ids.
+        patience_s: How long a task has to be missing from all answers before it counts as LOST. Ten
+            times as long while the accounting that should know it is out of order.
+        timeout_s: How long a tool may take.
+        rest_s: How long a tool that failed is not asked again.
+    """
+
+    def __init__(
+        self,
+        *,
+        since_s: float = 0.0,
+        patience_s: float = 30.0,
+        timeout_s: float = 10.0,
+        rest_s: float = 30.0,
+    ) -> None:
+        self._since_s = since_s
+        self._patience_s = patience_s
+        self._sacct = Tool("sacct", timeout_s, rest_s)
+        self._squeue = Tool("squeue", timeout_s, rest_s)
+        self._scontrol = Tool("scontrol", timeout_s, rest_s)
+        self._heard: States = {}
+        self._missing_since: dict[tuple[str, Task], float] = {}
+
+    @property
+    def troubles(self) -> tuple[str, ...]:
+        """What keeps tools from answering that this cluster should have."""
+        tools = (self._sacct, self._squeue, self._scontrol)
+        return tuple(tool.trouble for tool in tools if tool.trouble and not tool.never_answers)
+
+    def look(
+        self, ids: Sequence[str], *, tasks: Mapping[str, Collection[int]] | None = None
+    ) -> States:
+        """How all tasks of some jobs are now.
+
+        Args:
+            ids: What sbatch printed, without the number of a task.
+            tasks: The tasks of those that are arrays. Without it only tasks are known that Slurm
+                tells of.
+        """
+        expected = {job: (tasks or {}).get(job, ()) for job in ids}
+        accounts = self._ask_accounting(ids)
+        asked = [job for job in ids if not _settled(accounts.get(job, {}), expected[job])]
+        queue, answered = self._ask_queue(asked)
+        states: States = {}
+        for job in ids:
+            account, queued = accounts.get(job, {}), queue.get(job, {})
+            known = {*account, *queued, *expected[job], *self._heard.get(job, {})}
+            numbers = sorted(task for task in known if task is not None)
+            states[job] = {
+                task: self._judge((job, task), account.get(task), queued.get(task), answered)
+                for task in numbers or (None,)
+            }
+        return states
+
+    def follow(
+        self,
+        ids: Sequence[str],
+        *,
+        tasks: Mapping[str, Collection[int]] | None = None,
+        until_final: bool = True,
+        timeout_s: float | None = None,
+    ) -> Iterator[States]:
+        """Look again and again, until all is final or the time is up.
+
+        Yields:
+            The states at each look. At a time-out the last ones are not all final.
+        """
+        begin_s = time.monotonic()
+        for pause_s in intervals():
+            states = self.look(ids, tasks=tasks)
+            yield states
+            if until_final and all_final(states):
+                return
+            if timeout_s is not None:
+                left_s = begin_s + timeout_s - time.monotonic()
+                if left_s <= 0:
+                    return
+                pause_s = min(pause_s, left_s)
+            # A missing task is decided in time, however seldom its job was looked at so far.
+            time.sleep(min(pause_s, 5.0) if self._missing_since else pause_s)
+
+    def _ask_accounting(self, ids: Sequence[str]) -> States:
+        """The latest start of each task; the starts before it are counted."""
+        if not ids:
+            return {}
+        fields = ",".join(slurm_output.SACCT_FIELDS)
+        # Without -X there would be lines of steps, without -D none of the starts before.
+        text = self._sacct.ask("-n", "-P", "-X", "-D", "-a", "-j", ",".join(ids), "-o", fields)
+        rows = [
+            row
+            for row in slurm_output.sacct_rows(text or "")
+            if row.submitted_s is None or row.submitted_s > self._since_s - _CLOCKS_DIFFER_S
+        ]
+        # Tasks leave the line of those that wait when they start; that line is the older news.
+        rows.sort(key=lambda row: (not row.waits, row.submitted_s or 0.0))
+        found: States = {}
+        started = set[tuple[str, Task]]()
+        for row in rows:
+            of_job = found.setdefault(row.job, {})
+            state = replace(row.state, may_return=row.state.state.may_return)
+            for task in row.tasks:
+                again = (row.job, task) in started
+                of_job[task] = (
+                    replace(state, restarts=of_job[task].restarts + 1) if again else state
+                )
+                if not row.waits:
+                    started.add((row.job, task))
+        return found
+
+    def _ask_queue(self, ids: Sequence[str]) -> tuple[States, bool]:
+        """What Slurm's controller knows, and whether it answered."""
+        if not ids:
+            return {}, True
+        fields = ":|,".join(slurm_output.SQUEUE_FIELDS)
+        text = self._squeue.ask(
+            "-h", "-a", "-r", "-t", "all", "-j", ",".join(ids), "-O", f"{fields}:"
+        )
+        found = _by_task(slurm_output.squeue_rows(text or ""))
+        missing = [job for job in ids if job not in found]
+        if not missing:
+            return found, True
+        only = missing if len(missing) == 1 else ()  # it takes one job, or shows all
+        shown = self._scontrol.ask("show", "job", "-d", "-o", *only)
+        more = _by_task(slurm_output.scontrol_rows(shown or ""))
+        found |= {job: more[job] for job in missing if job in more}
+        return found, text is not None or shown is not None
+
+    def _judge(
+        self,
+        key: tuple[str, Task],
+        account: TaskState | None,
+        queued: TaskState | None,
+        answered: bool,
+    ) -> TaskState:
+        if queued is not None:
+            # Both know the end: accounting knows more of it.
+            both_end = account is not None and account.is_final and queued.is_final
+            return self._note(key, account if both_end and account is not None else queued)
+        if account is not None and account.state.ends and (answered or not account.may_return):
+            return self._note(key, replace(account, may_return=False))
+        if answered:
+            return self._miss(key, account)
+        if account is not None:
+            return self._note(key, account)
+        last = self._heard.get(key[0], {}).get(key[1], TaskState(State.UNKNOWN))
+        return last if last.is_final else replace(last, reason="; ".join(self.troubles))
+
+    def _note(self, key: tuple[str, Task], state: TaskState) -> TaskState:
+        self._heard.setdefault(key[0], {})[key[1]] = state
+        self._missing_since.pop(key, None)
+        return state
+
+    def _miss(self, key: tuple[str, Task], account: TaskState | None) -> TaskState:
+        """The queue does not have it any more, and no tool knows how it ended."""
+        last = self._heard.get(key[0], {}).get(key[1])
+        if last is not None and last.is_final:
+            self._missing_since.pop(key, None)
+            return last
+        missing_s = time.monotonic() - self._missing_since.setdefault(key, time.monotonic())
+        down = self._sacct.trouble and not self._sacct.never_answers
+        known = account or last or TaskState(State.UNKNOWN)
+        if missing_s < self._patience_s * (10 if down else 1):
+            reason = f"not in the queue; {self._sacct.trouble or 'its end is not recorded yet'}"
+            return replace(known, state=State.UNKNOWN, reason=reason)
+        reason = f"left the queue; {self._sacct.trouble or 'its end is not recorded'}"
+        lost = replace(known, state=State.LOST, reason=reason, may_return=False)
+        return self._note(key, lost)
+
+
+def all_final(states: States) -> bool:
+    """Whether nothing more is to be expected of any task."""
+    return all(state.is_final for of_job in states.values() for state in of_job.values())
+
+
+def intervals() -> Iterator[float]:
+    """Seconds between looks: 1 at first, then 10, and 20 for what takes longer than ten minutes."""
+    pause_s, waited_s = 1.0, 0.0
+    while True:
+        yield pause_s
+        waited_s += pause_s
+        pause_s = 20.0 if waited_s > 600 else min(pause_s * 1.5, 10.0)
+
+
+def _settled(account: Mapping[Task, TaskState], expected: Collection[int]) -> bool:
+    """Whether accounting alone knows how all of a job ended."""
+    if not all(task in account for task in expected or (None,)):
+        return False
+    return all(state.is_final for state in account.values())
+
+
+def _by_task(rows: Iterable[Row]) -> States:
+    found: States = {}
+    for row in rows:
+        found.setdefault(row.job, {}).update(dict.fromkeys(row.tasks, row.state))
+    return found
