@@ -19,7 +19,7 @@ from fastvideo.launch.folder import JobFolder
 from fastvideo.launch.job import ranges
 from fastvideo.launch.record import Part, Record, job_folders
 from fastvideo.launch.states import State, TaskState
-from fastvideo.launch.watch import Watcher
+from fastvideo.launch.watch import States, Watcher, intervals
 from fastvideo.launch.word import Word, newest_words
 
 WORST = (
@@ -135,8 +135,7 @@ class Job:
             UserError: There is no job.
         """
         self.folder = folder if isinstance(folder, JobFolder) else JobFolder(folder)
-        self._watcher = watcher or Watcher()
-        self.record  # noqa: B018 says now if there is none
+        self._watcher = watcher or Watcher(since_s=self.record.created)
 
     @property
     def record(self) -> Record:
@@ -152,7 +151,7 @@ class Job:
 
     def follow(self) -> Iterator[JobStatus]:
         """How far it is, again and again with growing pauses, until nothing more is to come."""
-        for pause_s in self._watcher.pauses():
+        for pause_s in intervals():
             status = self.status()
             yield status
             if status.is_final:
@@ -247,14 +246,8 @@ def statuses(
     read = [(folder, Record.read(folder)) for folder in folders]
     records = [(folder, record) for folder, record in read if record is not None]
     kept = {folder.name: _read_final(folder, record) for folder, record in records}
-    asked = [
-        part.slurm_id
-        for folder, record in records
-        if kept[folder.name] is None
-        for part in record.parts
-        if part.slurm_id
-    ]
-    told = (watcher or Watcher()).look(asked) if asked else {}
+    open_ones = [record for folder, record in records if kept[folder.name] is None]
+    told = _ask(open_ones, watcher) if open_ones else {}
     for folder, record in records:
         status = kept[folder.name]
         if status is None:
@@ -264,16 +257,26 @@ def statuses(
         yield status
 
 
-def unfinished(run_dir: Path) -> Iterator[Job]:
-    """Jobs of a run that are under way."""
+def under_way(run_dir: Path) -> Iterator[JobStatus]:
+    """Jobs of a run of which something waits or runs; not those that nobody knows anything of."""
     for status in statuses(job_folders(run_dir)):
-        if not status.is_final:
-            yield Job(status.folder)
+        states = {task.state for part in status.parts.values() for task in part.tasks.values()}
+        if any(not state.ends and state != State.UNKNOWN for state in states):
+            yield status
 
 
-def _status(
-    folder: JobFolder, record: Record, told: Mapping[str, Mapping[int | None, TaskState]]
-) -> JobStatus:
+def _ask(records: Sequence[Record], watcher: Watcher | None) -> States:
+    """What Slurm says of all parts."""
+    parts = [part for record in records for part in record.parts]
+    tasks = {part.slurm_id: part.tasks for part in parts if part.slurm_id and part.tasks}
+    ids = [part.slurm_id for part in parts if part.slurm_id]
+    if not ids:
+        return {}
+    since_s = min(record.created for record in records)
+    return (watcher or Watcher(since_s=since_s)).look(ids, tasks=tasks)
+
+
+def _status(folder: JobFolder, record: Record, told: States) -> JobStatus:
     here = _local(folder) if record.executor == "local" else {}
     found = {}
     for part in record.parts:

@@ -18,7 +18,7 @@ from fastvideo.errors import UserError
 from fastvideo.launch import local, local_render, slurm
 from fastvideo.launch.folder import JobFolder
 from fastvideo.launch.job import JobSpec
-from fastvideo.launch.jobs import Job, unfinished
+from fastvideo.launch.jobs import Job, under_way
 from fastvideo.launch.record import Part, Record
 from fastvideo.launch.stages import USUAL_MAX_ARRAY, Asked, Ground, Verb, parts
 from fastvideo.models.folder import read_config
@@ -174,14 +174,13 @@ def _check_layout(recipe: Recipe, cluster: Cluster) -> None:
 
 def _refuse_twice(asked: Asked) -> None:
     """The same verbs at the same time would do work twice, or find each other's lock held."""
-    run_dir = asked.recipe.run_dir
-    for job in unfinished(run_dir):
-        verbs = {asked.verb, job.record.verb}
+    for status in under_way(asked.recipe.run_dir):
+        verbs = {asked.verb, status.record.verb}
         experts = asked.recipe.train.expert is not None and verbs == {"train"}
         if (len(verbs) == 1 or "run" in verbs) and not experts:
             raise UserError(
-                f"{job.folder.root}: {job.record.verb} of this run is under way; wait for it "
-                f"(fastvideo status), or end it with fastvideo cancel, or submit with --force"
+                f"{status.folder.root}: {status.record.verb} of this run is under way; wait for "
+                "it (fastvideo status), or end it with fastvideo cancel, or submit with --force"
             )
 
 
