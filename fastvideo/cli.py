@@ -2,6 +2,7 @@
 """The command line: ``fastvideo VERB RECIPE [key.path=value ...]``; a verb is imported when run."""
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -22,7 +23,9 @@ from fastvideo.errors import (
     Failed,
     Stopped,
     UserError,
+    measuring,
 )
+from fastvideo.launch.word import End, Task
 
 if TYPE_CHECKING:
     from fastvideo.config.recipe import Recipe
@@ -50,40 +53,51 @@ def run(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     arguments = _parse(argv)
     log.setup()
+    end = _ended(arguments)
+    if end.message:
+        print(f"fastvideo {arguments.verb}: {end.message}", file=sys.stderr)
+    return end.code
+
+
+def _ended(arguments: argparse.Namespace) -> End:
+    """Run a verb; as a process of a job it leaves word of its end."""
+    try:
+        task = Task.take(os.environ)
+    except UserError as error:
+        return End(EXIT_USER_ERROR, str(error))
+    action = functools.partial(_caught, arguments)
+    return task.run(arguments.verb, action) if task else action()
+
+
+def _caught(arguments: argparse.Namespace) -> End:
+    """How a verb ends, whichever way it does; what nobody expected is raised."""
     try:
         _listen(arguments.verb)
         return _dispatch(arguments)
     except UserError as error:
-        print(f"fastvideo {arguments.verb}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return End(EXIT_USER_ERROR, str(error))
     except Failed as failure:
-        print(f"fastvideo {arguments.verb}: {failure}", file=sys.stderr)
-        return EXIT_UNEXPECTED
-    except Stopped as stopped:
-        print(f"fastvideo {arguments.verb}: {stopped}", file=sys.stderr)
-        return EXIT_STOPPED
+        return End(EXIT_UNEXPECTED, str(failure))
+    except Stopped as stop:
+        progress, requeue = stop.progress, not stop.by_person
+        return End(EXIT_STOPPED, str(stop), progress=progress, requeue=requeue)
     except (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError) as error:
-        print(
-            f"fastvideo {arguments.verb}: {error.filename}: {error.strerror}; check the paths of "
-            "the recipe",
-            file=sys.stderr,
+        return End(
+            EXIT_USER_ERROR,
+            f"{error.filename}: {error.strerror}; check the paths of the recipe",
         )
-        return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print(f"fastvideo {arguments.verb}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return End(EXIT_INTERRUPTED, "interrupted")
     except BrokenPipeError:  # the reader of our output, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
+        return End(EXIT_DONE)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fastvideo"):
             raise
-        print(
-            f"fastvideo {arguments.verb}: needs {error.name}, which is not installed here; "
-            "pip install 'fastvideo-hpc[train]'",
-            file=sys.stderr,
+        return End(
+            EXIT_UNEXPECTED,
+            f"needs {error.name}, which is not installed here; pip install 'fastvideo-hpc[train]'",
         )
-        return EXIT_UNEXPECTED
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -115,7 +129,7 @@ def _listen(verb: str) -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        raise Stopped(f"stopped by {name}; {outcome}")
+        raise Stopped(f"stopped by {name}; {outcome}", by_person=number == signal.SIGINT)
 
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, stop)
@@ -143,6 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shards", metavar="0-3,7", help="preprocess: fill only these shards")
     parser.add_argument(
+        "--every", metavar="I/T", help="preprocess: fill only shards I, I+T, I+2T, ..."
+    )
+    parser.add_argument(
         "--clips", action="store_true", help="status: a line per clip; JSON lines with --json"
     )
     parser.add_argument(
@@ -160,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _dispatch(arguments: argparse.Namespace) -> int:
+def _dispatch(arguments: argparse.Namespace) -> End:
     if arguments.verb.startswith("lora"):
         return _lora(arguments)
     if arguments.verb == "check":
@@ -182,10 +199,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.json and result is not None:
         print(json.dumps(result))
     has_problems = arguments.verb == "plan" and result["problems"]
-    return EXIT_USER_ERROR if has_problems else EXIT_DONE
+    return End(EXIT_USER_ERROR if has_problems else EXIT_DONE, result=result)
 
 
-def _lora(arguments: argparse.Namespace) -> int:
+def _lora(arguments: argparse.Namespace) -> End:
     if arguments.verb == "lora":
         raise UserError("has options of its own, which come after it: fastvideo lora --help")
     from fastvideo.lora.arguments import dispatch
@@ -193,16 +210,16 @@ def _lora(arguments: argparse.Namespace) -> int:
     result = dispatch(arguments)
     if arguments.json:
         print(json.dumps(result))
-    return EXIT_DONE
+    return End(EXIT_DONE, result=result)
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def _check(arguments: argparse.Namespace) -> End:
     from fastvideo.check import check, describe, ensure
 
     found = check(arguments.require)
     print(json.dumps(found) if arguments.json else describe(found))
     ensure(found)
-    return EXIT_DONE
+    return End(EXIT_DONE, result=found)
 
 
 def _load(arguments: argparse.Namespace) -> "Recipe":
@@ -220,6 +237,7 @@ def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
     owners = {
         "manifest_only": ("preprocess",),
         "shards": ("preprocess",),
+        "every": ("preprocess",),
         "clips": ("status",),
         "cluster": ("plan",),
         "force": ("train", "run"),
@@ -232,7 +250,7 @@ def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
             raise UserError(f"{option} belongs to {', '.join(verbs)}; leave it out")
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> End:
     from fastvideo import pipeline, status
     from fastvideo.generate import requests
     from fastvideo.train.inputs import check_targets
@@ -242,19 +260,29 @@ def _run(arguments: argparse.Namespace) -> int:
     requests(recipe)
     if (base := Path(recipe.model.path).expanduser()).is_dir():
         check_targets(recipe, base)
-    code = pipeline.run(recipe, force=arguments.force)
+    with measuring(lambda: status.progress(recipe)):
+        code = pipeline.run(recipe, force=arguments.force)
+    result = status.summary(recipe)
     if arguments.json:
-        print(json.dumps(status.summary(recipe)))
-    return code
+        print(json.dumps(result))
+    return End(code, "" if code == EXIT_DONE else "a verb did not end well, see above", result)
 
 
 def _preprocess(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
     from fastvideo.preprocess import preprocess
 
-    shards = parse_shards(arguments.shards) if arguments.shards is not None else None
-    if shards is not None and arguments.manifest_only:
-        raise UserError("--manifest-only plans all shards; leave out --shards")
-    return preprocess(recipe, shards=shards, manifest_only=arguments.manifest_only)
+    given = {"--shards": arguments.shards, "--every": arguments.every}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise UserError("--every chooses shards as --shards does; leave out one of them")
+    if chosen and arguments.manifest_only:
+        raise UserError(f"--manifest-only plans all shards; leave out {chosen[0]}")
+    return preprocess(
+        recipe,
+        shards=None if arguments.shards is None else parse_shards(arguments.shards),
+        every=None if arguments.every is None else parse_every(arguments.every),
+        manifest_only=arguments.manifest_only,
+    )
 
 
 def _train(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
@@ -335,3 +363,14 @@ def parse_shards(text: str) -> list[int]:
             raise UserError(f"--shards {text}: {part!r} runs backwards or past {MAX_SHARD}")
         indices.extend(range(first, last + 1))
     return sorted(set(indices))
+
+
+def parse_every(text: str) -> tuple[int, int]:
+    """``3/8`` as ``(3, 8)``."""
+    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text, re.ASCII)
+    if not match:
+        raise UserError(f"--every {text}: is not I/T like 3/8, of the shards 3, 11, 19, ...")
+    rest, count = int(match[1]), int(match[2])
+    if rest >= count:
+        raise UserError(f"--every {text}: runs from 0/{count} to {max(count - 1, 0)}/{count}")
+    return rest, count

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts to mp4 files through the diffusers pipeline, resumable video by video."""
 
+import contextlib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +11,7 @@ from fastvideo import atomic, hashing, sampled
 from fastvideo.config.prompts import Prompt, load_prompts
 from fastvideo.config.recipe import Recipe
 from fastvideo.data.first_image import first_image, prompt_to_encode
-from fastvideo.errors import UserError
+from fastvideo.errors import UserError, measuring
 from fastvideo.log import Progress, logger
 from fastvideo.state import RunDir
 
@@ -39,20 +41,23 @@ def generate(recipe: Recipe) -> dict[str, Any]:
     wanted = requests(recipe)
     model = sampled.find(recipe)
     folder = run_dir.generated(recipe.generate.weights)
+    requested = {
+        folder / f"{index:04d}.mp4": {"model": model.about, **request}
+        for index, request in enumerate(wanted)
+    }
+    todo = [video for video, about in requested.items() if not is_made(video, about)]
+    with measuring(lambda: sum(is_made(video, about) for video, about in requested.items())):
+        _make(recipe, model, {video: requested[video] for video in todo})
+    logger.info("%d videos in %s, %d made now", len(requested), folder, len(todo))
+    return {"videos": [str(video) for video in requested], "made": len(todo)}
+
+
+def _make(recipe: Recipe, model: sampled.Sampled, todo: Mapping[Path, dict[str, Any]]) -> None:
     pipeline = cache(lambda: sampled.load(recipe, model))
-    videos = [folder / f"{index:04d}.mp4" for index in range(len(wanted))]
-    todo = [
-        (video, about)
-        for video, request in zip(videos, wanted, strict=True)
-        if not is_made(video, about := {"model": model.about, **request})
-    ]
-    progress = Progress("videos", total=len(todo))
-    for video, about in todo:
-        write_made(video, _sample(pipeline(), about), about)
-        progress.advance(video.name)
-    progress.close()
-    logger.info("%d videos in %s, %d made now", len(videos), folder, len(todo))
-    return {"videos": [str(video) for video in videos], "made": len(todo)}
+    with contextlib.closing(Progress("videos", total=len(todo))) as progress:
+        for video, about in todo.items():
+            write_made(video, _sample(pipeline(), about), about)
+            progress.advance(video.name)
 
 
 def requests(recipe: Recipe) -> list[dict[str, Any]]:

@@ -19,15 +19,22 @@ NEEDLESS = {
 """What libraries say on import about parts that nothing here uses, by their logger."""
 
 
-def setup(*, also: Path | None = None) -> None:
-    """Send the package's messages to stderr, one line each, with the time; ``also`` to a file."""
+def setup(*, also: Path | None = None, part: str = "") -> None:
+    """Send the package's messages to stderr, one line each, with the time.
+
+    Args:
+        also: A file that gets them as well.
+        part: Tells the lines of one of several processes that share stderr; it shows no bars.
+    """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if also is not None:
         handlers.append(logging.FileHandler(also))
     for handler in handlers:
-        form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+        mark = f"[{part}] " if part else ""
+        form = logging.Formatter(f"%(asctime)s %(levelname).1s {mark}%(message)s", "%H:%M:%S")
         handler.setFormatter(form)
     logger.handlers[:] = handlers
+    Progress.bars = not part
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for name in NEEDLESS:
@@ -41,12 +48,15 @@ def _is_needed(record: logging.LogRecord) -> bool:
 class Progress:
     """A bar on a terminal; elsewhere a line at most every ``every_s`` seconds and at the end."""
 
+    bars = True
+    """Whether there may be bars, as the terminal is this process's own."""
+
     def __init__(self, label: str, *, total: int, done: int = 0, every_s: float = 30.0) -> None:
         """Start at ``done`` of ``total``."""
         self._label, self._total, self._done = label, total, done
         self._every_s, self._last_s = every_s, time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if self.bars and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, desc=label, dynamic_ncols=True)
 
     def advance(self, text: str = "") -> None:

@@ -12,7 +12,7 @@ from typing import Self
 
 from fastvideo import atomic
 from fastvideo.config.recipe import Recipe
-from fastvideo.errors import EXIT_DONE, EXIT_STOPPED
+from fastvideo.errors import EXIT_DONE, EXIT_STOPPED, Stopped
 from fastvideo.log import logger
 from fastvideo.state import RunDir
 from fastvideo.train.node import lifeline
@@ -27,7 +27,10 @@ def run(recipe: Recipe, *, force: bool = False) -> int:
     They share a copy of the resolved recipe, so that editing the file changes no run under way.
 
     Returns:
-        Exit code of the last verb that ran; 75 if a stop was asked for.
+        Exit code of the last verb that ran.
+
+    Raises:
+        Stopped: A stop was asked for.
     """
     resolved = RunDir(recipe.run_dir).resolved(recipe.train.expert)
     atomic.write_bytes(resolved, recipe.dump().encode(), point="run")
@@ -36,8 +39,10 @@ def run(recipe: Recipe, *, force: bool = False) -> int:
             logger.info("run: %s", verb)
             flags = ["--force"] if force and verb == "train" else []
             code = stops.run([sys.executable, "-m", "fastvideo", verb, str(resolved), *flags])
-            if stops.received is not None:
-                code = EXIT_STOPPED
+            if stops.received is not None or code == EXIT_STOPPED:
+                # A queue sends signals, a person also leaves a STOP file, which only verbs see.
+                by_person = stops.received in (None, signal.SIGINT)
+                raise Stopped(f"{verb}: stopped; the same command continues", by_person=by_person)
             if code != EXIT_DONE:
                 logger.info("run: %s: exit code %d; the same command continues", verb, code)
                 return code

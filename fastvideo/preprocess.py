@@ -2,17 +2,18 @@
 """Raw videos to shards: plan the manifest, fill the shards that are missing, encode the prompts."""
 
 import collections
-import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastvideo import hashing, state
 from fastvideo.config.recipe import Recipe
 from fastvideo.config.source import ParquetSource
 from fastvideo.data.decode import DECODE_SETTINGS
+from fastvideo.data.fill import Filling
 from fastvideo.data.manifest import plan_manifest
-from fastvideo.data.prompts import prompts_fingerprint, prompts_to_encode
-from fastvideo.errors import UserError
+from fastvideo.data.prompts import prompts_to_encode
+from fastvideo.errors import UserError, measuring
 from fastvideo.log import logger
 from fastvideo.models.family import ENCODE_VERSION, find_family
 from fastvideo.models.folder import content_hash, find_model
@@ -20,52 +21,83 @@ from fastvideo.state import LedgerRow, ShardStore
 
 
 def preprocess(
-    recipe: Recipe, *, shards: Sequence[int] | None = None, manifest_only: bool = False
+    recipe: Recipe,
+    *,
+    shards: Sequence[int] | None = None,
+    every: tuple[int, int] | None = None,
+    manifest_only: bool = False,
 ) -> dict[str, Any]:
     """Fill what is missing in ``recipe.shards.path``.
 
+    Several processes may fill parts of a planned manifest at the same time, anywhere. One of those
+    that find the prompts not encoded encodes them, and whoever leaves no shard missing judges
+    whether too many clips failed.
+
     Args:
-        recipe: Model, clip, source and shards matter.
+        recipe: Model, clip, source, shards and validation matter.
         shards: Only these, of a manifest that is planned already; None plans and fills all.
+        every: ``(rest, count)``: only those whose number leaves ``rest`` when divided by ``count``,
+            of a manifest that is planned already.
         manifest_only: Plan and stop.
 
     Returns:
-        ``{"filled": [index, ...], "missing": [...], "clips": {...}}``.
+        ``{"filled": [index, ...], "missing": [...], "clips": {...}}``; of the shards asked for.
 
     Raises:
         UserError: Wrong input, or more clips failed than ``source.max_failed`` allows.
+        Failed: The machine, not the input, ended it.
     """
+    assert every is None or 0 <= every[0] < every[1]
     store = ShardStore(recipe.shards.path)
-    prompts = prompts_to_encode(recipe) if shards is None else []
-    settings = encoding_settings(recipe, hashes=hashing.HashCache(store.hashes))
-    if shards is None:
-        plan = plan_manifest(recipe, store=store, settings=settings)
-    else:
-        plan = _planned(store, settings=settings, shards=shards)
-    wanted = state.shard_indices(plan) if shards is None else sorted(set(shards))
-    missing = [i for i in state.missing_shards(store, plan) if i in wanted]
-    if manifest_only:
-        return _result(store, plan, filled=[])
-    if shards is None and not plan["shards"]:
-        _check_failures(recipe, store, plan)  # before encoders are loaded for nothing
-    wanted_prompts = prompts_fingerprint(settings, prompts)
-    prompts_done = state.read_marker(store.validation, fingerprint=wanted_prompts) or not prompts
-    if missing or not prompts_done:
-        # Only now: a run with nothing to do answers without torch.
-        from fastvideo.data import encode
-        from fastvideo.data.shard import Contents
+    chosen = _Chosen(shards, every)
+    with measuring(lambda: _progress(store, chosen)):
+        prompts = prompts_to_encode(recipe)
+        settings = encoding_settings(recipe, hashes=hashing.HashCache(store.hashes))
+        if chosen.all:
+            plan = plan_manifest(recipe, store=store, settings=settings)
+        else:
+            plan = _planned(store, settings=settings, shards=shards or ())
+        if manifest_only:
+            return _result(store, plan, chosen, filled=[])
+        if not plan["shards"]:
+            _check_failures(recipe, store, plan)  # before encoders are loaded for nothing
+        missing = chosen.missing(store, plan)
+        filling = Filling(recipe, store, plan, prompts)
+        filling.fill(missing)
+        if not state.missing_shards(store, plan):
+            filling.ensure_prompts()
+            _check_failures(recipe, store, plan)
+        return _result(store, plan, chosen, filled=missing)
 
-        encoders = functools.cache(lambda: encode.load_encoders(recipe))
-        if not prompts_done:
-            contents = Contents(wanted_prompts, settings)
-            encode.write_prompts(recipe, store, prompts, contents=contents, encoders=encoders())
-        if missing and isinstance(recipe.source, ParquetSource):
-            encode.adopt_shards(recipe, store, plan, missing=missing)
-        elif missing:
-            encode.fill_shards(recipe, store, plan, missing=missing, encoders=encoders())
-    if shards is None:
-        _check_failures(recipe, store, plan)
-    return _result(store, plan, filled=missing)
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The shards that are asked for."""
+
+    shards: Sequence[int] | None
+    every: tuple[int, int] | None
+
+    @property
+    def all(self) -> bool:
+        return self.shards is None and self.every is None
+
+    def of(self, plan: dict[str, Any]) -> set[int]:
+        """Their numbers."""
+        rest, count = self.every or (0, 1)
+        planned = state.shard_indices(plan) if self.shards is None else self.shards
+        return {index for index in planned if index % count == rest}
+
+    def missing(self, store: ShardStore, plan: dict[str, Any]) -> list[int]:
+        """Those that are not complete, ascending."""
+        chosen = self.of(plan)
+        return [index for index in state.missing_shards(store, plan) if index in chosen]
+
+
+def _progress(store: ShardStore, chosen: _Chosen) -> int:
+    """Complete shards; while the manifest is planned, the clips that were looked at."""
+    plan = store.read_plan()
+    done = len(chosen.of(plan)) - len(chosen.missing(store, plan)) if plan else 0
+    return done + store.num_probed()
 
 
 def encoding_settings(recipe: Recipe, *, hashes: hashing.HashCache) -> dict[str, Any]:
@@ -120,10 +152,12 @@ def _planned(
     return plan
 
 
-def _result(store: ShardStore, plan: dict[str, Any], *, filled: list[int]) -> dict[str, Any]:
-    counts = collections.Counter(row.state for row in state.ledger(store, plan))
-    missing = state.missing_shards(store, plan)
-    return {"filled": filled, "missing": missing, "clips": dict(counts)}
+def _result(
+    store: ShardStore, plan: dict[str, Any], chosen: _Chosen, *, filled: list[int]
+) -> dict[str, Any]:
+    rows, wanted = state.ledger(store, plan), chosen.of(plan)
+    counts = collections.Counter(row.state for row in rows if chosen.all or row.shard in wanted)
+    return {"filled": filled, "missing": chosen.missing(store, plan), "clips": dict(counts)}
 
 
 def _most_common(failed: Sequence[LedgerRow]) -> str:

@@ -54,6 +54,13 @@ class ShardStore:
         """What a plan in progress knows of the files; gone when it is done."""
         return self.root / "probes.jsonl"
 
+    def num_probed(self) -> int:
+        """How many files a plan in progress knows."""
+        try:
+            return sum(bool(line.strip()) for line in self.probes.read_bytes().split(b"\n"))
+        except FileNotFoundError:
+            return 0
+
     @property
     def listed(self) -> Path:
         """What is known of the files of a Parquet source, a line per file."""
@@ -67,6 +74,11 @@ class ShardStore:
     def validation(self) -> Path:
         """Embeddings of the empty prompt and of the validation prompts."""
         return self.root / "validation.parquet"
+
+    @property
+    def prompts_lock(self) -> Path:
+        """Held by the process that encodes these prompts."""
+        return self.root / "validation.lock"
 
     def read_plan(self) -> dict[str, Any] | None:
         """Return the plan, or None if there is none or its files are not the ones it names."""

@@ -23,6 +23,13 @@ def summary(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def progress(recipe: Recipe) -> int:
+    """A number that differs between two moments if a shard or a checkpoint was completed."""
+    store = ShardStore(recipe.shards.path)
+    trained = sum(training["step"] for training in _training(recipe).values())
+    return int(_shards(store, store.read_plan())["done"] + trained)
+
+
 def clip_lines(recipe: Recipe, *, as_json: bool = False) -> Iterator[str]:
     """The ledger, tab-separated with a header, line breaks escaped; or a JSON object per line."""
     store = ShardStore(recipe.shards.path)

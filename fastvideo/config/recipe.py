@@ -65,8 +65,11 @@ class Shards(Spec):
 class Preprocess(Spec):
     """How preprocessing uses the machine; none of it changes what the shards hold."""
 
+    processes: PositiveInt | None = None
+    """Processes that fill shards at the same time; empty: one per visible GPU, 1 on a CPU."""
     decode_workers: NonNegativeInt = 2
-    """Processes that decode ahead of the encoders; 0 decodes in the encoders' process."""
+    """Processes that decode ahead of the encoders, for each process that fills shards; 0 decodes in
+    the encoders' process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the encoders run; auto takes the GPU if there is one."""
 

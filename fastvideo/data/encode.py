@@ -31,7 +31,7 @@ from fastvideo.data.shard import (
     text_tensors,
     write_shard,
 )
-from fastvideo.errors import UserError
+from fastvideo.errors import Failed, UserError
 from fastvideo.log import Progress, logger
 from fastvideo.models.family import (
     Encoders,
@@ -77,7 +77,7 @@ def fill_shards(
     with contextlib.closing(decoded), contextlib.closing(progress):
         for index in missing:
             failed: list[dict[str, str]] = []
-            pairs = zip(rows[index], decoded, strict=False)
+            pairs = _pairs(rows[index], decoded)
             write_shard(
                 store.shard(index),
                 _encode(recipe, pairs, encoders=encoders, failed=failed, progress=progress),
@@ -88,12 +88,35 @@ def fill_shards(
             )
 
 
+def _pairs(
+    clips: Iterable[ClipRow], decoded: Iterator[Decoded]
+) -> Iterator[tuple[ClipRow, Decoded]]:
+    for clip in clips:
+        try:
+            result = next(decoded)
+        except OSError as error:
+            raise _unreadable(clip, error) from error
+        yield clip, result
+
+
+def _unreadable(clip: ClipRow, error: OSError) -> UserError | Failed:
+    """The machine is to blame, not the clip, unless it is a matter of the paths."""
+    told = f"shard {clip.shard}, clip {clip.id!r}: {error}"
+    if isinstance(error, (NotADirectoryError, IsADirectoryError, PermissionError)):
+        return UserError(f"{told}; check the paths of the recipe")
+    return Failed(f"{told}; not the clip is to blame but the disk or the network: try again")
+
+
 def _planned_videos(recipe: Recipe, clips: Sequence[ClipRow]) -> Iterator[Planned]:
     """What to decode, read no further than it is asked for."""
     source = recipe.source
     assert not isinstance(source, ParquetSource)
     contents = open_footage(source).read(clip.origin for clip in clips)
-    for clip, content in zip(clips, contents, strict=True):
+    for clip in clips:
+        try:
+            content = next(contents)
+        except OSError as error:
+            raise _unreadable(clip, error) from error
         name = str(content) if isinstance(content, Path) else f"{source.path}/{clip.origin}"
         yield Planned(name, content, (clip.bytes, clip.mtime_ns), clip.sha256)
 
@@ -190,7 +213,12 @@ def _encode(
             reason, detail = result.fault
             failed.append({"id": clip.id, "reason": reason, "detail": clip.located(detail)})
         else:
-            yield _row(recipe, clip, result.frames, encoders)
+            try:
+                row = _row(recipe, clip, result.frames, encoders)
+            except Exception as error:  # out of memory, say; goes on
+                error.add_note(f"shard {clip.shard}, clip {clip.id!r}")
+                raise
+            yield row
         progress.advance(clip.id)
 
 

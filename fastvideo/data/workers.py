@@ -5,10 +5,14 @@ import collections
 import concurrent.futures
 import itertools
 import multiprocessing
+import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TypeVar
 
 from fastvideo.data.decode import die_with_parent
+
+STOP_S = 1.0
+"""How much later than others a process may get a signal that was sent to all."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,6 +62,8 @@ def _result(future: concurrent.futures.Future[R], *, suspects: Sequence[str]) ->
     try:
         return future.result()
     except concurrent.futures.BrokenExecutor as error:
+        # A request to stop may have reached all processes, and them first.
+        time.sleep(STOP_S)
         raise RuntimeError(
             "a decoding process died, of a crash or for lack of memory, on one of: "
             + ", ".join(suspects)

@@ -16,7 +16,7 @@ from typing import IO, Any
 from fastvideo import atomic, state
 from fastvideo.config.recipe import Recipe
 from fastvideo.cost import layout
-from fastvideo.errors import Stopped, UserError
+from fastvideo.errors import Stopped, UserError, measuring
 from fastvideo.log import logger
 from fastvideo.models.folder import find_model, read_config
 from fastvideo.state import RunDir, ShardStore, TrainDir
@@ -51,6 +51,7 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
     store = ShardStore(recipe.shards.path)
     directories = {name: RunDir(recipe.run_dir).training(name) for name in recipe.transformers}
     with (
+        measuring(functools.partial(_saved, directories.values())),
         StopRequest(RunDir(recipe.run_dir)) as stop,
         _telling_others(directories.values(), nodes),
         contextlib.ExitStack() as locks,
@@ -81,6 +82,11 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
         }
 
 
+def _saved(directories: Iterable[TrainDir]) -> int:
+    """Steps of the newest complete checkpoints."""
+    return sum(max(directory.complete_checkpoints(), default=0) for directory in directories)
+
+
 @dataclass(frozen=True)
 class _Start:
     """How training was asked for."""
@@ -103,7 +109,7 @@ def _telling_others(directories: Iterable[TrainDir], nodes: Nodes) -> Iterator[N
     ours = [launch for launch in launches if not launch.brief(nodes.rank).exists()]
     try:
         yield
-    except Exception as error:
+    except (Exception, Stopped) as error:
         if nodes.count > 1:
             for launch in ours:
                 tell_early(launch, nodes.rank, error)
@@ -199,8 +205,8 @@ def _counted(directory: TrainDir, start: _Start) -> Iterator[None]:
     except (UserError, KeyboardInterrupt):
         attempts.forget(directory)
         raise
-    except Stopped:
-        if start.stop.by_person():
+    except Stopped as stop:
+        if stop.by_person:
             attempts.forget(directory)
         raise
 

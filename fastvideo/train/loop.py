@@ -36,6 +36,7 @@ from fastvideo.train.profile import Profiler
 from fastvideo.train.sampler import Sampler
 from fastvideo.train.saver import Saver
 from fastvideo.train.schedule import learning_rate_factor
+from fastvideo.train.stop import is_of_person
 from fastvideo.train.stopwatch import Stopwatch
 from fastvideo.train.throughput import Work, rates
 from fastvideo.train.watch import LossWatch
@@ -370,7 +371,8 @@ class Loop:
         """
         job, stop = self._job, self._job.team.process.stop
         reason = stop.reason()
-        if not any(job.team.any(reason is not None)):
+        asked, by_person = job.team.any(reason is not None, is_of_person(reason))
+        if not asked:
             return
         stop.honour()
         if step == job.train.steps and measured and sampled:
@@ -380,5 +382,6 @@ class Loop:
         self._saver.finish()
         raise Stopped(
             f"stopped by {reason or 'another process'} after step {step} of {job.train.steps} of "
-            f"{job.directory.root.name}; the same command continues"
+            f"{job.directory.root.name}; the same command continues",
+            by_person=by_person,
         )

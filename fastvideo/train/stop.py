@@ -15,6 +15,11 @@ from fastvideo.train.node.lifeline import SIGNALS
 STOP_FILE = "the STOP file"
 
 
+def is_of_person(reason: str | None) -> bool:
+    """Whether a person asked for a reason such as this, rather than a queue."""
+    return reason in (STOP_FILE, signal.SIGINT.name)
+
+
 class StopRequest:
     """Remembers that a stop was asked for; the loop looks between steps.
 
@@ -57,10 +62,6 @@ class StopRequest:
         """The name of the signal that asked, or None."""
         return None if self._signal is None else self._signal.name
 
-    def by_person(self) -> bool:
-        """Whether a person asked, rather than a queue."""
-        return self._honoured in (STOP_FILE, signal.SIGINT.name)
-
     def honour(self) -> None:
         """Remember that this process stops, whatever becomes of the STOP file."""
         self._honoured = self.reason()
@@ -83,7 +84,8 @@ def stopped(directory: TrainDir, reason: str, *, steps: int) -> Stopped:
     step = max(directory.complete_checkpoints(), default=0)
     return Stopped(
         f"stopped by {reason} after step {step} of {steps} of {directory.root.name}; the same "
-        "command continues"
+        "command continues",
+        by_person=is_of_person(reason),
     )
 
 

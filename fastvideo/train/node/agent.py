@@ -84,7 +84,7 @@ def _config(brief: Brief) -> "LaunchConfig":
         run_id=f"{brief.launch.root.name}-{brief.transformer}",
         # Several nodes get the ranks that their launcher's numbers say, so rank 0 is on node 0.
         rdzv_backend="c10d" if alone else "static",
-        rdzv_endpoint=nodes.rendezvous or "localhost:0",
+        rdzv_endpoint="localhost:0" if alone else nodes.rendezvous,
         rdzv_configs=timeout if alone else {**timeout, "rank": nodes.rank},
         local_addr="127.0.0.1" if alone else None,
         max_restarts=0,

@@ -37,6 +37,9 @@ class Nodes:
 def read_nodes(environment: Mapping[str, str]) -> Nodes:
     """Read the four variables; without any of them the node is alone.
 
+    A rank ``$NAME`` is the value of the variable ``NAME``: whoever starts all nodes with the same
+    environment leaves it to what counts them.
+
     Raises:
         UserError: One is missing or wrong, with its name.
     """
@@ -50,7 +53,7 @@ def read_nodes(environment: Mapping[str, str]) -> Nodes:
             f"{', '.join(names)} on each node, or none"
         )
     count = _number(found, COUNT, at_least=1)
-    rank = _number(found, RANK, at_least=0)
+    rank = read_rank(environment)
     if rank >= count:
         raise UserError(f"{RANK}={rank}: of {COUNT}={count} nodes; count from 0 to {count - 1}")
     _check_rendezvous(found[RENDEZVOUS])
@@ -59,6 +62,24 @@ def read_nodes(environment: Mapping[str, str]) -> Nodes:
             f"{LAUNCH_ID}={found[LAUNCH_ID]}: names a folder; use letters, digits, '.', '_', '-'"
         )
     return Nodes(count, rank, found[RENDEZVOUS], found[LAUNCH_ID])
+
+
+def read_rank(environment: Mapping[str, str]) -> int:
+    """The number of this node, 0 where nothing is said.
+
+    Raises:
+        UserError: It is none, with the name of the variable.
+    """
+    text = environment.get(RANK, "")
+    if not text.startswith("$"):
+        return _number({RANK: text or "0"}, RANK, at_least=0)
+    name = text[1:]
+    if not environment.get(name):
+        raise UserError(
+            f"{RANK}={text}: {name or 'the variable'} is not set; write the number itself, or the "
+            "name of a variable that holds it, e.g. $SLURM_PROCID"
+        )
+    return _number(environment, name, at_least=0)
 
 
 def _number(found: Mapping[str, str], name: str, *, at_least: int) -> int:

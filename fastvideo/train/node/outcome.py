@@ -33,6 +33,8 @@ class Outcome:
     traceback: str = ""
     host: str = dataclasses.field(default_factory=socket.gethostname)
     time: float = dataclasses.field(default_factory=time.time)
+    by_person: bool = False
+    """Of a stop: whether a person asked for it, rather than a queue."""
 
     def write(self, launch: LaunchDir) -> None:
         """Write it to its place in the launch folder."""
@@ -90,7 +92,7 @@ def failed_nodes(launch: LaunchDir) -> set[int]:
     return ended | {node for node, _ in _read(launch, "node-*.hang.json")}
 
 
-def tell_early(launch: LaunchDir, node: int, error: Exception) -> None:
+def tell_early(launch: LaunchDir, node: int, error: Exception | Stopped) -> None:
     """Write down for the other nodes why one ends before its processes can say it.
 
     One that ends because another node did has nothing to say.
@@ -100,6 +102,7 @@ def tell_early(launch: LaunchDir, node: int, error: Exception) -> None:
         "deaths": [],
         "error": str(error) or type(error).__name__,
         "kind": "stopped" if isinstance(error, Stopped) else kind,
+        "by_person": isinstance(error, Stopped) and error.by_person,
     }
     with contextlib.suppress(OSError):  # a full disk, say
         if not launch.ended(node).exists() and not failed_nodes(launch):
@@ -108,11 +111,13 @@ def tell_early(launch: LaunchDir, node: int, error: Exception) -> None:
 
 def early_end(launch: LaunchDir) -> Stopped | UserError | Failed | None:
     """Why a node ended before its processes trained, if one did."""
-    kinds: dict[str, type[Stopped | UserError | Failed]]
-    kinds = {"stopped": Stopped, "user_error": UserError, "failed": Failed}
+    kinds: dict[str, type[UserError | Failed]] = {"user_error": UserError, "failed": Failed}
     for node, tree in _read(launch, "node-*.ended.json"):
+        message = f"node {node}: {tree['error']}"
+        if tree.get("kind") == "stopped":
+            return Stopped(message, by_person=tree["by_person"])
         if tree.get("kind") in kinds:
-            return kinds[tree["kind"]](f"node {node}: {tree['error']}")
+            return kinds[tree["kind"]](message)
     return None
 
 

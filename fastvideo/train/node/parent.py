@@ -31,7 +31,9 @@ from fastvideo.train.node.outcome import (
 )
 from fastvideo.train.node.pulse import (
     ENDED,
+    SAVE_FACTOR,
     START,
+    START_MINUTES,
     Beat,
     Patience,
     Pulses,
@@ -258,6 +260,8 @@ class _End:
 def _judge(end: _End, finished: Callable[[], bool]) -> None:
     """Return if all is done, else raise what became of it; saved state counts, not exit codes."""
     nodes, own = end.work.nodes, _agreed(end)
+    if nodes.rank > 0 and own and own.kind in ("finished", "stopped"):
+        _await_rank_0(end)
     deadline_s = time.monotonic() + (OTHERS_S if nodes.count > 1 else 0)
     while True:  # what other nodes wrote is seen a little later
         if finished() or (own and own.kind == "finished" and nodes.rank > 0):
@@ -267,9 +271,23 @@ def _judge(end: _End, finished: Callable[[], bool]) -> None:
         # Rank 0 writes what makes a checkpoint complete, so its word is enough.
         for outcome in (read_outcomes(end.launch, end.words).get(0), own):
             if outcome and outcome.kind == "stopped":
-                raise Stopped(outcome.message)
+                raise Stopped(outcome.message, by_person=outcome.by_person)
         if time.monotonic() >= deadline_s:
             raise _failure(end)
+        time.sleep(0.5)
+
+
+def _await_rank_0(end: _End) -> None:
+    """Let node 0 end first, which has more to do.
+
+    srun with ``--kill-on-bad-exit`` or ``--wait`` ends all nodes with, or soon after, the first.
+    """
+    minutes = max(end.work.recipe.train.watch.hang_minutes * SAVE_FACTOR, START_MINUTES)
+    deadline_s = time.monotonic() + minutes * 60
+    while not (end.launch.outcome(0).exists() or 0 in failed_nodes(end.launch)):
+        if time.monotonic() > deadline_s:
+            logger.warning("no word of rank 0 within %g min; see %s", minutes, end.launch.root)
+            return
         time.sleep(0.5)
 
 

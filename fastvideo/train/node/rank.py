@@ -6,7 +6,9 @@ set.
 """
 
 import contextlib
+import dataclasses
 import faulthandler
+import functools
 import logging
 import os
 import signal
@@ -28,7 +30,7 @@ from fastvideo.errors import (
 from fastvideo.state import RunDir, ShardStore
 from fastvideo.train.node import lifeline
 from fastvideo.train.node.brief import Brief
-from fastvideo.train.node.outcome import Kind, Outcome
+from fastvideo.train.node.outcome import Outcome
 from fastvideo.train.node.pulse import ENDED, START, Pulse
 from fastvideo.train.process import Process
 from fastvideo.train.stop import StopRequest
@@ -45,16 +47,17 @@ def main(path: Path, *, agent: int) -> NoReturn:
         pulse.beat(0, START)
         stop = StopRequest(RunDir(Path(brief.recipe["run_dir"])), asked=brief.launch.stop)
         process = Process(stop=stop, pulse=pulse, rank=rank, local_rank=local_rank, count=count)
-        kind, message, trace = _tried(lambda: _train(brief, process))
-        last = Outcome(rank=rank, kind=kind, step=pulse.step, message=message, traceback=trace)
+        last = dataclasses.replace(
+            _tried(lambda: _train(brief, process)), rank=rank, step=pulse.step
+        )
         pulse.tell(last.text())
         pulse.beat(pulse.step, ENDED)
         with contextlib.suppress(OSError):  # a full disk, say
             last.write(brief.launch)
             with open(brief.launch.rank_log(rank), "a", encoding="utf-8") as file:
-                file.write(trace)  # the parent shows the first of all ranks
+                file.write(last.traceback)  # the parent shows the first of all ranks
         codes = {"finished": EXIT_DONE, "stopped": EXIT_DONE, "user_error": EXIT_USER_ERROR}
-        _leave(codes.get(kind, EXIT_UNEXPECTED))
+        _leave(codes.get(last.kind, EXIT_UNEXPECTED))
 
 
 def _open_log(path: Path, *, shown: bool) -> None:
@@ -86,19 +89,21 @@ def _train(brief: Brief, process: Process) -> None:
     worker.train(recipe, transformer=transformer, plan=plan, about=about, process=process)
 
 
-def _tried(action: Callable[[], None]) -> tuple[Kind, str, str]:
-    """How it ended, the message, and the traceback of what nobody expected."""
+def _tried(action: Callable[[], None]) -> Outcome:
+    """How it ended, with the traceback of what nobody expected; of nobody and no step yet."""
+    told = functools.partial(Outcome, 0, step=0)
     try:
         action()
     except Stopped as stopped:
-        return "stopped", str(stopped), ""
+        return told("stopped", message=str(stopped), by_person=stopped.by_person)
     except UserError as error:
-        return "user_error", str(error), ""
+        return told("user_error", message=str(error))
     except Failed as failure:
-        return "failed", str(failure), ""
+        return told("failed", message=str(failure))
     except Exception as error:  # told to the node's parent
-        return "error", f"{type(error).__name__}: {error}", traceback.format_exc()
-    return "finished", "", ""
+        message = f"{type(error).__name__}: {error}"
+        return told("error", message=message, traceback=traceback.format_exc())
+    return told("finished")
 
 
 def _leave(code: int) -> NoReturn:
