@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from fastvideo import __version__, log
+from fastvideo import log
+from fastvideo.arguments import JOBS, parse_every, parse_shards, refuse_foreign_options
 from fastvideo.errors import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -29,24 +30,6 @@ from fastvideo.launch.word import End, Task
 
 if TYPE_CHECKING:
     from fastvideo.config.recipe import Recipe
-
-VERBS = {
-    "preprocess": "encode raw videos and captions into Parquet shards",
-    "train": "finetune on the shards; continues from the newest checkpoint",
-    "export": "turn the newest checkpoints into a model folder, or LoRA files, for diffusers",
-    "generate": "sample videos from the export, a checkpoint or the base model",
-    "run": "preprocess, train, export and generate, skipping what is complete",
-    "status": "show what is done and what is missing",
-    "plan": "tell memory, work, time and disk of training before it starts, and what cannot work",
-    "check": "say what is installed here and which kernels work, without a recipe",
-    "lora": "extract, merge or convert LoRA files, without a recipe: fastvideo lora --help",
-    "tiny": "write a tiny model of the recipe's architecture to model.path",
-}
-
-MAX_SHARD = 999_999
-
-EPILOG = """exit codes: 0 done, 1 unexpected error, 2 mistake in the input, 75 stopped on request \
-with the state saved (run the same command again). Options of a recipe: docs/config.md"""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -110,8 +93,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
         return parser().parse_args(argv)
     if not argv:
-        return _parser().parse_args(["--help"])
-    return _parser().parse_intermixed_args(argv)
+        return parser().parse_args(["--help"])
+    return parser().parse_intermixed_args(argv)
 
 
 def _listen(verb: str) -> None:
@@ -135,54 +118,14 @@ def _listen(verb: str) -> None:
         signal.signal(number, stop)
 
 
-def _parser() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {name:<11} {text}" for name, text in VERBS.items())
-    parser = argparse.ArgumentParser(
-        prog="fastvideo",
-        description=f"Finetune video diffusion models on your own clips.\n\nverbs:\n{verbs}",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do, see above")
-    parser.add_argument(
-        "recipe", type=Path, metavar="RECIPE", help="YAML file, see configs/recipes"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.path=value", help="change one value of the recipe"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
-    parser.add_argument(
-        "--manifest-only", action="store_true", help="preprocess: plan the shards, encode nothing"
-    )
-    parser.add_argument("--shards", metavar="0-3,7", help="preprocess: fill only these shards")
-    parser.add_argument(
-        "--every", metavar="I/T", help="preprocess: fill only shards I, I+T, I+2T, ..."
-    )
-    parser.add_argument(
-        "--clips", action="store_true", help="status: a line per clip; JSON lines with --json"
-    )
-    parser.add_argument(
-        "--cluster", type=Path, metavar="YAML", help="plan: where it runs, see configs/clusters"
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="train, run: go on although recipe or data changed"
-    )
-    parser.add_argument(
-        "--dtype", help="train, export, generate: the same as VERB.dtype=..., e.g. bfloat16"
-    )
-    parser.add_argument(
-        "--ema", action="store_true", help="export: as export.ema=true, the average or an error"
-    )
-    return parser
-
-
 def _dispatch(arguments: argparse.Namespace) -> End:
     if arguments.verb.startswith("lora"):
         return _lora(arguments)
     if arguments.verb == "check":
         return _check(arguments)
-    _refuse_foreign_options(arguments)
+    refuse_foreign_options(arguments)
+    if arguments.cluster is not None and arguments.verb in JOBS:
+        return _launch(arguments)
     if arguments.verb == "run":
         return _run(arguments)
     recipe = _load(arguments)
@@ -192,6 +135,7 @@ def _dispatch(arguments: argparse.Namespace) -> End:
         "export": _export,
         "generate": _generate,
         "status": _status,
+        "cancel": _cancel,
         "plan": _plan,
         "tiny": _tiny,
     }
@@ -233,39 +177,38 @@ def _load(arguments: argparse.Namespace) -> "Recipe":
     return Recipe.load(arguments.recipe, overrides)
 
 
-def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
-    owners = {
-        "manifest_only": ("preprocess",),
-        "shards": ("preprocess",),
-        "every": ("preprocess",),
-        "clips": ("status",),
-        "cluster": ("plan",),
-        "force": ("train", "run"),
-        "dtype": ("export", "generate", "train"),
-        "ema": ("export",),
-    }
-    for name, verbs in owners.items():
-        if getattr(arguments, name) not in (None, False) and arguments.verb not in verbs:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} belongs to {', '.join(verbs)}; leave it out")
-
-
 def _run(arguments: argparse.Namespace) -> End:
     from fastvideo import pipeline, status
-    from fastvideo.generate import requests
-    from fastvideo.train.inputs import check_targets
 
     recipe = _load(arguments)
-    # Wrong prompts and targets must not come up after days of work.
-    requests(recipe)
-    if (base := Path(recipe.model.path).expanduser()).is_dir():
-        check_targets(recipe, base)
+    _check_ahead(recipe, "run")
     with measuring(lambda: status.progress(recipe)):
         code = pipeline.run(recipe, force=arguments.force)
     result = status.summary(recipe)
     if arguments.json:
         print(json.dumps(result))
     return End(code, "" if code == EXIT_DONE else "a verb did not end well, see above", result)
+
+
+def _launch(arguments: argparse.Namespace) -> End:
+    """Submit the verb instead of running it."""
+    from fastvideo import jobs
+
+    recipe = _load(arguments)
+    if arguments.verb in ("run", "train", "generate"):
+        _check_ahead(recipe, arguments.verb)
+    return jobs.launch(recipe, arguments)
+
+
+def _check_ahead(recipe: "Recipe", verb: str) -> None:
+    """Wrong prompts and targets must not come up after days of work."""
+    from fastvideo.generate import requests
+    from fastvideo.train.inputs import check_targets
+
+    if verb in ("run", "generate"):
+        requests(recipe)
+    if verb in ("run", "train") and (base := Path(recipe.model.path).expanduser()).is_dir():
+        check_targets(recipe, base)
 
 
 def _preprocess(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
@@ -306,14 +249,25 @@ def _generate(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
 def _status(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
     from fastvideo import status
 
+    if arguments.clips and arguments.watch:
+        raise UserError("--watch shows counts, not clips; leave out one of --watch and --clips")
     if arguments.clips:
         for line in status.clip_lines(recipe, as_json=arguments.json):
             print(line)
         return None
-    counts = status.summary(recipe)
+    if arguments.watch:
+        status.watch(recipe, as_json=arguments.json)
+        return None
+    counts, text = status.report(recipe)
     if not arguments.json:
-        print(status.describe(counts))
+        print(text)
     return counts
+
+
+def _cancel(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
+    from fastvideo import jobs
+
+    return jobs.cancel(recipe, name=arguments.job)
 
 
 def _plan(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
@@ -349,28 +303,3 @@ def _tiny(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
         write_tiny(folder, family=recipe.model.family, task=recipe.model.task)
         log.logger.info("wrote %s", folder)
     return {"path": str(folder)}
-
-
-def parse_shards(text: str) -> list[int]:
-    """``0-3,7`` as ``[0, 1, 2, 3, 7]``."""
-    indices: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not match:
-            raise UserError(f"--shards {text}: {part!r} is not a number or a range like 0-3")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last <= MAX_SHARD:
-            raise UserError(f"--shards {text}: {part!r} runs backwards or past {MAX_SHARD}")
-        indices.extend(range(first, last + 1))
-    return sorted(set(indices))
-
-
-def parse_every(text: str) -> tuple[int, int]:
-    """``3/8`` as ``(3, 8)``."""
-    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text, re.ASCII)
-    if not match:
-        raise UserError(f"--every {text}: is not I/T like 3/8, of the shards 3, 11, 19, ...")
-    rest, count = int(match[1]), int(match[2])
-    if rest >= count:
-        raise UserError(f"--every {text}: runs from 0/{count} to {max(count - 1, 0)}/{count}")
-    return rest, count

@@ -3,13 +3,21 @@
 
 import collections
 import json
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastvideo import state
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
+from fastvideo.launch import table
+from fastvideo.launch.jobs import recent
+from fastvideo.launch.watch import Watcher, intervals
 from fastvideo.state import LedgerRow, RunDir, ShardStore
+
+CLEAR = "\x1b[H\x1b[2J"
+"""Empties a terminal."""
 
 
 def summary(recipe: Recipe) -> dict[str, Any]:
@@ -71,6 +79,30 @@ def describe(counts: dict[str, Any]) -> str:
             f"train   {name}: step {training['step']} of {training['steps']}, checkpoints {kept}"
         )
     return "\n".join(lines)
+
+
+def report(recipe: Recipe) -> tuple[dict[str, Any], str]:
+    """The summary with the newest jobs of the run, as plain values and for people."""
+    counts, jobs = summary(recipe), recent(recipe.run_dir)
+    text = "\n".join([describe(counts), *([table.describe(jobs)] if jobs else [])])
+    return counts | {"jobs": [job.as_json() for job in jobs]}, text
+
+
+def watch(recipe: Recipe, *, as_json: bool = False) -> None:
+    """Show the summary and the jobs until none is under way: live on a terminal, else changes."""
+    watcher, last = Watcher(), ""
+    for pause_s in intervals():
+        counts, jobs = summary(recipe), recent(recipe.run_dir, watcher=watcher)
+        value = json.dumps(counts | {"jobs": [job.as_json() for job in jobs]})
+        text = value if as_json else "\n".join([describe(counts), table.describe(jobs)])
+        if sys.stdout.isatty() and not as_json:
+            print(f"{CLEAR}{text}\n{time.strftime('%H:%M:%S')}, Ctrl-C ends only this", flush=True)
+        elif text != last:
+            print(text, flush=True)
+        last = text
+        if all(job.is_final for job in jobs):
+            return
+        time.sleep(pause_s)
 
 
 def _clips(rows: Iterable[LedgerRow]) -> dict[str, Any]:

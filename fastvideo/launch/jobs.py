@@ -6,6 +6,7 @@ these know why it failed, and that it is done even where nobody remembers the jo
 """
 
 import collections
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +36,8 @@ WORST = (
     State.CANCELLED,
 )
 """Ends of tasks, from that which says most about why a part failed."""
+LOOKED_AT = 50
+"""The newest jobs of a run are looked at; older ones are over."""
 SUBMITTING_S = 300.0
 """A part that has no id so long after its job was made was never handed over."""
 
@@ -257,9 +260,16 @@ def statuses(
         yield status
 
 
+def recent(run_dir: Path, *, watcher: Watcher | None = None) -> list[JobStatus]:
+    """Jobs of a run to show, the oldest first: those that are not over, and the newest that is."""
+    found = list(statuses(itertools.islice(job_folders(run_dir), LOOKED_AT), watcher=watcher))
+    over = [status for status in found if status.is_final]
+    return [status for status in reversed(found) if not status.is_final or status in over[:1]]
+
+
 def under_way(run_dir: Path) -> Iterator[JobStatus]:
     """Jobs of a run of which something waits or runs; not those that nobody knows anything of."""
-    for status in statuses(job_folders(run_dir)):
+    for status in statuses(itertools.islice(job_folders(run_dir), LOOKED_AT)):
         states = {task.state for part in status.parts.values() for task in part.tasks.values()}
         if any(not state.ends and state != State.UNKNOWN for state in states):
             yield status

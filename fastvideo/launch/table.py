@@ -12,10 +12,9 @@ SHOWN_REASONS = 8
 SHOWN_CHARS = 600
 
 
-def describe(statuses: Sequence[JobStatus], *, older: int = 0) -> str:
+def describe(statuses: Sequence[JobStatus]) -> str:
     """The jobs of a run, one after the other."""
-    lines = [line for status in statuses for line in _job(status)]
-    return "\n".join([*lines, *([f"and {older} older jobs"] if older else [])])
+    return "\n".join(line for status in statuses for line in _job(status))
 
 
 def _job(status: JobStatus) -> list[str]:

@@ -6,7 +6,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Collection, Iterable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -64,13 +64,14 @@ class Word:
     @classmethod
     def read(cls, path: Path) -> Self | None:
         """Read one; None if it is missing or no word."""
-        place, tree = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)\.json", path.name), atomic.read_json(path)
+        place, tree = _PLACE.fullmatch(path.name), atomic.read_json(path)
         if place is None or not isinstance(tree, dict) or not tree.keys() >= _SAID:
             return None
         task, restart, node = map(int, place.groups())
         return cls(task, restart, node, **{name: tree[name] for name in _SAID})
 
 
+_PLACE = re.compile(r"(\d+)\.(\d+)\.(\d+)\.json")
 _SAID = {field.name for field in dataclasses.fields(Word)} - {"task", "restart", "node"}
 
 
@@ -87,6 +88,19 @@ def newest_word(words: Iterable[Word], task: int) -> Word | None:
         key=lambda word: (word.restart, -word.node),
         default=None,
     )
+
+
+def newest_words(folder: PartFolder, tasks: Collection[int]) -> dict[int, Word]:
+    """``newest_word`` of each of some tasks; no other file is read."""
+    newest: dict[int, tuple[int, int]] = {}
+    wanted = frozenset(tasks)
+    for path in folder.ended.glob("*.json"):
+        if place := _PLACE.fullmatch(path.name):
+            task, restart, node = map(int, place.groups())
+            if task in wanted:
+                newest[task] = max(newest.get(task, (-1, 0)), (restart, -node))
+    read = {t: Word.read(folder.word(t, restart, -node)) for t, (restart, node) in newest.items()}
+    return {task: word for task, word in read.items() if word is not None}
 
 
 @dataclass(frozen=True)

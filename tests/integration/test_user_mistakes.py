@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvideo.cli import parse_shards, run
+from fastvideo.arguments import parse_shards
+from fastvideo.cli import run
 from fastvideo.errors import UserError
 from tests.tiny_world import World, fastvideo, make_world
 

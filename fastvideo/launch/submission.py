@@ -34,6 +34,7 @@ def submit(
     *,
     overrides: Iterable[str] = (),
     flags: Sequence[str] = (),
+    again: Sequence[str] = (),
 ) -> Job:
     """Submit a verb and return at once.
 
@@ -43,6 +44,7 @@ def submit(
         cluster: Where, or the path of the YAML that says it.
         overrides: ``key.path=value`` changes to a recipe that is given as a path.
         flags: Options of the verb, e.g. ``("--force",)``.
+        again: The command that submits it again, for people; empty for this call as a command.
 
     Returns:
         The job, with ``status()``, ``wait()``, ``logs()``, ``cancel()`` and ``result()``.
@@ -58,7 +60,7 @@ def submit(
     folder = _new_folder(asked)
     specs = parts(asked, _ground(asked, folder))
     atomic.write_bytes(folder.recipe, asked.recipe.dump().encode(), point="job.recipe")
-    record = _record(order, specs)
+    record = _record(asked, specs, again=again or order.again)
     record.write(folder)
     _hand_over(folder, specs, record)
     return Job(folder)
@@ -236,12 +238,12 @@ def _binds(recipe: Recipe, work_dir: Path) -> tuple[Path, ...]:
     )
 
 
-def _record(order: _Order, specs: Sequence[JobSpec]) -> Record:
+def _record(asked: Asked, specs: Sequence[JobSpec], *, again: Sequence[str]) -> Record:
     return Record(
-        verb=order.asked.verb,
-        command=order.again,
-        executor=order.asked.cluster.executor,
-        submitter=order.asked.cluster.submitter,
+        verb=asked.verb,
+        command=tuple(again),
+        executor=asked.cluster.executor,
+        submitter=asked.cluster.submitter,
         host=socket.gethostname(),
         created=time.time(),
         parts=tuple(
