@@ -2,7 +2,7 @@
 """A real Slurm on one machine: a controller, a login node and nodes in namespaces of their own.
 
 Needs root and the packages of ``PACKAGES``. Tests use the fixture ``lab``; by hand:
-``python -m tests.slurm.lab start | stop | status | shell | run CMD... | kill-node N | start-node N``.
+``python -m tests.slurm.lab start|stop|status|shell|run CMD...|kill-node N|start-node N``.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from tests.slurm.machine import LabError, Machine, load_machine, start_machine
 from tests.slurm.slurm_conf import (
     CONTROLLER,
     LOGIN,
-    NETWORK,
     Settings,
     address,
     hosts,
@@ -71,7 +70,7 @@ class Lab:
         Raises:
             LabError: It does not come up; says what the logs say.
         """
-        _sweep()
+        sweep()
         self.stop()
         try:
             self._start(lasting)
@@ -87,7 +86,7 @@ class Lab:
         """Leave nothing of the cluster, in whatever state it is."""
         if controller := load_machine(self.folder / "machines", name="ctl"):
             controller.kill()
-            _wait(lambda: not controller.is_alive, "the controller's end", timeout_s=30)
+            wait(lambda: not controller.is_alive, "the controller's end", timeout_s=30)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(
@@ -129,7 +128,15 @@ class Lab:
         }
         ids = (f"--reuid={UID}", f"--regid={UID}", "--clear-groups")
         settings = [f"{name}={value}" for name, value in variables.items()]
-        become = ["setpriv", *ids, "--pdeathsig", "KILL", "env", "-i", f"--chdir={cwd or self.home}"]
+        become = [
+            "setpriv",
+            *ids,
+            "--pdeathsig",
+            "KILL",
+            "env",
+            "-i",
+            f"--chdir={cwd or self.home}",
+        ]
         return self.machine(machine).command([*become, *settings, *argv])
 
     def machine(self, name: str) -> Machine:
@@ -167,6 +174,13 @@ class Lab:
         write_slurm_conf(settings, folder=self.folder)
         self.operator(["scontrol", "reconfigure"])
 
+    def new_folder(self, name: str) -> Path:
+        """Make a folder of the user, which all machines see."""
+        path = self.home / f"{name}-{len(list(self.home.iterdir()))}"
+        path.mkdir()
+        os.chown(path, UID, UID)
+        return path
+
     def nodes(self) -> dict[str, str]:
         """States of the nodes by name, as in sinfo: ``idle``, ``mixed``, ``down*``, ..."""
         lines = self.operator(["sinfo", "-h", "-N", "-p", "main", "-o", "%N %t"], check=False)
@@ -183,7 +197,7 @@ class Lab:
             machine = load_machine(self.folder / "machines", name=name)
             if machine is None or not machine.is_alive:
                 self.start_node(name)
-        _wait(
+        wait(
             lambda: not self.operator(["squeue", "-h"]).strip(),
             "the end of all jobs",
             timeout_s=self.settings.kill_wait_s + 30,
@@ -192,7 +206,7 @@ class Lab:
         if drained:
             nodes = f"nodename={','.join(drained)}"
             self.operator(["scontrol", "update", nodes, "state=resume"], check=False)
-        _wait(self.is_idle, "idle nodes", timeout_s=30)
+        wait(self.is_idle, "idle nodes", timeout_s=30)
 
     def _start(self, lasting: bool) -> None:
         self.folder.mkdir(mode=0o755)
@@ -215,7 +229,7 @@ class Lab:
         give_own_tmp(login, folder=self.folder)
         for node in self.settings.node_names:
             self.start_node(node)
-        _wait(self.is_idle, "idle nodes", timeout_s=15)
+        wait(self.is_idle, "idle nodes", timeout_s=15)
 
     def _set_up(self, controller: Machine) -> None:
         """Network, users, munge: what all the others need."""
@@ -274,11 +288,11 @@ route add default via {CONTROLLER}
         shell = 'log=$1; shift; setsid "$@" >"$log" 2>&1 </dev/null &'
         controller.run(["bash", "-c", shell, "bash", log / "mariadb.log", *server])
         ping = ["mariadb-admin", "--no-defaults", f"--socket={socket}", "ping"]
-        _wait(lambda: "alive" in controller.run(ping, check=False), "MariaDB", timeout_s=20)
+        wait(lambda: "alive" in controller.run(ping, check=False), "MariaDB", timeout_s=20)
         # With this slurmdbd finds the socket, so that the database needs no port.
         controller.run(["env", f"MYSQL_UNIX_PORT={socket}", "slurmdbd"])
         ask = ["sacctmgr", "-n", "show", "cluster"]
-        _wait(lambda: "error" not in controller.run(ask, check=False), "slurmdbd", timeout_s=20)
+        wait(lambda: "error" not in controller.run(ask, check=False), "slurmdbd", timeout_s=20)
         controller.run(["sacctmgr", "-i", "add", "cluster", "lab"])
 
     def _ends_of_logs(self) -> str:
@@ -302,26 +316,31 @@ def missing() -> str:
     return ""
 
 
-def _free_folder() -> Path:
-    """A name for a cluster of this process, which tells later ones whether it still lives."""
-    taken = len(list(PARENT.glob(f"{PREFIX}-{os.getpid()}-*")))
-    return PARENT / f"{PREFIX}-{os.getpid()}-{taken}"
-
-
-def _sweep() -> None:
-    """Remove what processes left that were killed."""
+def sweep() -> None:
+    """Remove the folders of clusters whose processes were killed."""
     for folder in PARENT.glob(f"{PREFIX}-*-*"):
         owner = folder.name.split("-")[-2]
         if owner.isdigit() and not Path("/proc", owner).exists():
             Lab(folder).stop()
 
 
-def _wait(is_so: Callable[[], bool], what: str, *, timeout_s: float) -> None:
+def wait(is_so: Callable[[], bool], what: str, *, timeout_s: float) -> None:
+    """Wait until something is so.
+
+    Raises:
+        LabError: It is not in time.
+    """
     end = time.monotonic() + timeout_s
     while not is_so():
         if time.monotonic() > end:
             raise LabError(f"waited {timeout_s:g} s for {what} in vain")
         time.sleep(0.1)
+
+
+def _free_folder() -> Path:
+    """A name for a cluster of this process, which tells later ones whether it still lives."""
+    taken = len(list(PARENT.glob(f"{PREFIX}-{os.getpid()}-*")))
+    return PARENT / f"{PREFIX}-{os.getpid()}-{taken}"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines of the test cluster: namespaces of Linux that one process holds and takes along when it dies."""
+"""Machines of the test cluster: namespaces that end with the process which holds them."""
 
 import os
 import signal

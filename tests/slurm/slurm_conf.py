@@ -27,7 +27,7 @@ class Settings:
     """From the signal of a preemption to the end of the job."""
     kill_wait_s: int = 20
     """From SIGTERM to SIGKILL."""
-    node_timeout_s: int = 10
+    node_timeout_s: int = 8
     """From a node's last answer to its being down."""
     max_array: int = 1001
     """One above the largest number of a task."""
@@ -111,6 +111,7 @@ JobRequeue=1
 MaxArraySize={settings.max_array}
 MinJobAge=300
 KillWait={settings.kill_wait_s}
+MessageTimeout=5
 SlurmdTimeout={settings.node_timeout_s}
 ReturnToService=2
 PropagateResourceLimits=NONE
