@@ -22,8 +22,8 @@ SQUEUE_FIELDS = (
     "State",
     "exit_code",
     "RestartCnt",
-    "TimeUsed",
     "NodeList",
+    "TimeUsed",
     "Reason",
 )
 
@@ -80,7 +80,7 @@ def squeue_rows(text: str) -> Iterator[Row]:
         found = _job_and_tasks(fields[0].strip())
         if found is None or len(fields) != len(SQUEUE_FIELDS):
             continue
-        _, word, exit_code, restarts, elapsed, nodes, reason = map(str.strip, fields)
+        _, word, exit_code, restarts, nodes, elapsed, reason = map(str.strip, fields)
         state = TaskState(
             _state(word),
             reason=_queue_reason(word, _given(reason)),

@@ -5,6 +5,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from fastvideo.errors import UserError
 from fastvideo.launch import slurm_output
 from fastvideo.launch.slurm_output import Row
 from fastvideo.launch.slurm_tools import Tool
@@ -53,9 +54,9 @@ class Watcher:
 
     @property
     def troubles(self) -> tuple[str, ...]:
-        """What keeps tools from answering that this cluster should have."""
-        tools = (self._sacct, self._squeue, self._scontrol)
-        return tuple(tool.trouble for tool in tools if tool.trouble and not tool.never_answers)
+        """What keeps tools from answering; a cluster may do without accounting."""
+        sacct = "" if self._sacct.never_answers else self._sacct.trouble
+        return tuple(filter(None, (sacct, self._squeue.trouble, self._scontrol.trouble)))
 
     def look(
         self, ids: Sequence[str], *, tasks: Mapping[str, Collection[int]] | None = None
@@ -94,10 +95,15 @@ class Watcher:
 
         Yields:
             The states at each look. At a time-out the last ones are not all final.
+
+        Raises:
+            UserError: Slurm's tools are not on this machine.
         """
         begin_s = time.monotonic()
         for pause_s in intervals():
             states = self.look(ids, tasks=tasks)
+            if all(tool.never_answers for tool in (self._sacct, self._squeue, self._scontrol)):
+                raise UserError(f"{'; '.join(self.troubles)}: watch jobs where Slurm is installed")
             yield states
             if until_final and all_final(states):
                 return
@@ -146,14 +152,25 @@ class Watcher:
             "-h", "-a", "-r", "-t", "all", "-j", ",".join(ids), "-O", f"{fields}:"
         )
         found = _by_task(slurm_output.squeue_rows(text or ""))
-        missing = [job for job in ids if job not in found]
-        if not missing:
+        unclear = [job for job in ids if job not in found or self._just_failed(job, found[job])]
+        if not unclear:
             return found, True
-        only = missing if len(missing) == 1 else ()  # it takes one job, or shows all
+        only = unclear if len(unclear) == 1 else ()  # it takes one job, or shows all
         shown = self._scontrol.ask("show", "job", "-d", "-o", *only)
         more = _by_task(slurm_output.scontrol_rows(shown or ""))
-        found |= {job: more[job] for job in missing if job in more}
+        for job in set(unclear) & set(more):
+            of_job = found.setdefault(job, more[job])
+            failed = [task for task in of_job if of_job[task].state is State.FAILED]
+            of_job |= {task: more[job][task] for task in failed if task in more[job]}
         return found, text is not None or shown is not None
+
+    def _just_failed(self, job: str, queued: Mapping[Task, TaskState]) -> bool:
+        """Whether scontrol may know better: of a step that was out of memory squeue is silent."""
+        heard = self._heard.get(job, {})
+        return any(
+            state.state is State.FAILED and not (task in heard and heard[task].is_final)
+            for task, state in queued.items()
+        )
 
     def _judge(
         self,
@@ -162,17 +179,22 @@ class Watcher:
         queued: TaskState | None,
         answered: bool,
     ) -> TaskState:
+        last = self._heard.get(key[0], {}).get(key[1], TaskState(State.UNKNOWN))
         if queued is not None:
-            # Both know the end: accounting knows more of it.
-            both_end = account is not None and account.is_final and queued.is_final
-            return self._note(key, account if both_end and account is not None else queued)
+            # Of the same end the queue tells least.
+            if queued.is_final and account is not None and account.is_final:
+                queued = account
+            elif queued.is_final and last.is_final and last.restarts == queued.restarts:
+                queued = last if last.state is not State.LOST else queued
+            return self._note(key, queued)
+        if last.is_final and account is not None and account.restarts < last.restarts:
+            return last  # accounting lags behind
         if account is not None and account.state.ends and (answered or not account.may_return):
             return self._note(key, replace(account, may_return=False))
         if answered:
-            return self._miss(key, account)
+            return self._miss(key, account, last)
         if account is not None:
             return self._note(key, account)
-        last = self._heard.get(key[0], {}).get(key[1], TaskState(State.UNKNOWN))
         return last if last.is_final else replace(last, reason="; ".join(self.troubles))
 
     def _note(self, key: tuple[str, Task], state: TaskState) -> TaskState:
@@ -180,15 +202,14 @@ class Watcher:
         self._missing_since.pop(key, None)
         return state
 
-    def _miss(self, key: tuple[str, Task], account: TaskState | None) -> TaskState:
+    def _miss(self, key: tuple[str, Task], account: TaskState | None, last: TaskState) -> TaskState:
         """The queue does not have it any more, and no tool knows how it ended."""
-        last = self._heard.get(key[0], {}).get(key[1])
-        if last is not None and last.is_final:
+        if last.is_final:
             self._missing_since.pop(key, None)
             return last
         missing_s = time.monotonic() - self._missing_since.setdefault(key, time.monotonic())
         down = self._sacct.trouble and not self._sacct.never_answers
-        known = account or last or TaskState(State.UNKNOWN)
+        known = account or last
         if missing_s < self._patience_s * (10 if down else 1):
             reason = f"not in the queue; {self._sacct.trouble or 'its end is not recorded yet'}"
             return replace(known, state=State.UNKNOWN, reason=reason)
