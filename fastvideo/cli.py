@@ -85,13 +85,13 @@ def _caught(arguments: argparse.Namespace) -> End:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if argv[:1] == ["lora"]:
-        from fastvideo.lora.arguments import parser
+        from fastvideo.lora import arguments as of_lora
 
-        return parser().parse_args(argv[1:])
+        return of_lora.parser().parse_args(argv[1:])
     if argv[:1] == ["check"]:
-        from fastvideo.check import parser
+        from fastvideo import check
 
-        return parser().parse_args(argv)
+        return check.parser().parse_args(argv)
     if not argv:
         return parser().parse_args(["--help"])
     return parser().parse_intermixed_args(argv)
