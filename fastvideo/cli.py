@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fastvideo import log
-from fastvideo.arguments import JOBS, parse_every, parse_shards, refuse_foreign_options
+from fastvideo.arguments import JOBS, parse_every, parse_shards, parser, refuse_foreign_options
 from fastvideo.errors import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
