@@ -18,6 +18,9 @@ States = dict[str, dict[Task, TaskState]]
 
 # Clocks of a login node and of the accounting may differ; ids are not used again that soon.
 _CLOCKS_DIFFER_S = 3600.0
+# What a controller keeps ended jobs for, at least; its default is five minutes.
+_ENDS_ARE_SHOWN_S = 60.0
+_NO_END = "its end is not recorded"
 
 
 class Watcher:
@@ -51,6 +54,8 @@ class Watcher:
         self._scontrol = Tool("scontrol", timeout_s, rest_s)
         self._heard: States = {}
         self._missing_since: dict[tuple[str, Task], float] = {}
+        self._looked_s = 0.0
+        self._looks_often = False
 
     @property
     def troubles(self) -> tuple[str, ...]:
@@ -68,6 +73,8 @@ class Watcher:
             tasks: The tasks of those that are arrays. Without it only tasks are known that Slurm
                 tells of.
         """
+        self._looks_often = time.monotonic() - self._looked_s < _ENDS_ARE_SHOWN_S
+        self._looked_s = time.monotonic()
         expected = {job: (tasks or {}).get(job, ()) for job in ids}
         accounts = self._ask_accounting(ids)
         asked = [job for job in ids if not _settled(accounts.get(job, {}), expected[job])]
@@ -207,15 +214,20 @@ class Watcher:
         if last.is_final:
             self._missing_since.pop(key, None)
             return last
-        missing_s = time.monotonic() - self._missing_since.setdefault(key, time.monotonic())
+        if key not in self._missing_since and self._sacct.trouble and not self._looks_often:
+            last = self._note(key, replace(last, state=State.UNKNOWN))  # it may have run meanwhile
+        now_s = time.monotonic()
+        missing_s = now_s - self._missing_since.setdefault(key, now_s)
         down = self._sacct.trouble and not self._sacct.never_answers
         known = account or last
         if missing_s < self._patience_s * (10 if down else 1):
             reason = f"not in the queue; {self._sacct.trouble or 'its end is not recorded yet'}"
             return replace(known, state=State.UNKNOWN, reason=reason)
-        reason = f"left the queue; {self._sacct.trouble or 'its end is not recorded'}"
-        lost = replace(known, state=State.LOST, reason=reason, may_return=False)
-        return self._note(key, lost)
+        state, reason = State.LOST, f"left the queue; {self._sacct.trouble or _NO_END}"
+        if key[1] is not None and account is None and last.state is State.PENDING:
+            # Of a task that is cancelled while others of its array wait Slurm keeps no trace.
+            state, reason = State.CANCELLED, "left the queue while it waited"
+        return self._note(key, replace(known, state=state, reason=reason, may_return=False))
 
 
 def all_final(states: States) -> bool:

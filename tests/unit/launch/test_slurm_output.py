@@ -93,7 +93,10 @@ slurm_load: some warning
         ("FAILED|35072|0|n1|0:00|NonZeroExitCode", (State.FAILED, 137, 9, "NonZeroExitCode")),
         ("FAILED|9|0|n1|0:00|JobLaunchFailure", (State.FAILED, None, 9, "JobLaunchFailure")),
         ("TIMEOUT|9|0|n1|1:27|TimeLimit", (State.TIMEOUT, None, 9, "TimeLimit")),
-        ("OUT_OF_MEMORY|253|0||0:9|OutOfMemory", (State.OUT_OF_MEMORY, None, None, "OutOfMemory")),
+        (
+            "OUT_OF_MEMORY|253|0|n1|0:27|OutOfMemory",
+            (State.OUT_OF_MEMORY, None, None, "OutOfMemory"),
+        ),
         ("NODE_FAIL|0|0|n3|0:29|NodeDown", (State.NODE_FAIL, None, None, "NodeDown")),
         ("CANCELLED|0|0||0:00|JobArrayTaskLimit", (State.CANCELLED, None, None, "")),
         (
@@ -103,7 +106,7 @@ slurm_load: some warning
         # 256 is how its earlier start ended.
         ("PENDING|256|1||0:00|BeginTime", (State.PENDING, None, None, "BeginTime")),
     ],
-)  # fmt: skip
+)
 def test_squeue_tells_how_a_job_ended(
     line: str, expected: tuple[State, int | None, int | None, str]
 ) -> None:

@@ -247,6 +247,33 @@ def test_a_job_is_lost_when_no_tool_knows_it_for_long_enough(tools: Tools) -> No
     assert one(watcher).state is State.COMPLETED, "better late than never"
 
 
+def test_a_task_that_leaves_no_trace_of_a_start_was_cancelled_while_it_waited(tools: Tools) -> None:
+    tools.queue(
+        """7_9|PENDING|0|0||0:00|JobArrayTaskLimit
+        7_1|RUNNING|0|0|n1|0:02|None"""
+    )
+    watcher = Watcher(patience_s=0.2)
+    watcher.look(["7"])
+    tools.queue("7_1|RUNNING|0|0|n1|0:02|None")
+    assert names(watcher.look(["7"])) == {1: "RUNNING", 9: "UNKNOWN"}
+    time.sleep(0.3)
+    states = watcher.look(["7"])
+    assert names(states) == {1: "RUNNING", 9: "CANCELLED"}
+    assert states["7"][9].reason == "left the queue while it waited"
+
+
+def test_a_task_that_may_have_run_between_two_looks_is_lost(
+    tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.accounting(error=NO_ACCOUNTING)
+    tools.queue("7_9|PENDING|0|0||0:00|JobArrayTaskLimit")
+    watcher = Watcher(patience_s=0)
+    watcher.look(["7"])
+    tools.queue(error=NO_SUCH_JOB)
+    monkeypatch.setattr(watch, "_ENDS_ARE_SHOWN_S", 0.0)  # as if the looks were far apart
+    assert names(watcher.look(["7"])) == {9: "LOST"}
+
+
 def test_a_job_that_accounting_calls_running_after_it_left_the_queue_is_lost(tools: Tools) -> None:
     tools.accounting("7|RUNNING|0:0|0:0|99999|1795943743|n1|None")
     watcher = Watcher(patience_s=0.2)
@@ -335,7 +362,7 @@ def test_scontrol_is_asked_for_one_job_or_for_all(tools: Tools) -> None:
 
 def test_following_ends_when_all_is_final(tools: Tools) -> None:
     tools.queue("7|RUNNING|0|0|n1|0:02|None")
-    seen = []
+    seen: list[str] = []
     for states in Watcher().follow(["7"]):
         seen += names(states).values()
         tools.queue("7|COMPLETED|0|0|n1|0:02|None")
