@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a process of a job says of its end, and the request to be queued again."""
 
+import contextlib
 import dataclasses
 import re
 import signal
@@ -148,18 +149,19 @@ class Task:
     def _forget_request(self) -> None:
         """Of a start that was killed after it asked to be queued again."""
         if self.node == 0:
-            self.folder.requeue(self.number).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # no word can be written there either
+                self.folder.requeue(self.number).unlink(missing_ok=True)
 
     def _leave(self, verb: str, end: End) -> End:
         for number in SIGNALS:  # all is saved; another request to stop has nothing to add
             signal.signal(number, signal.SIG_IGN)
         if self.node > 0:
             end = dataclasses.replace(end, requeue=False)
-        elif end.requeue and self._is_in_vain(end):
-            end = _given_up(verb, end)
         about = {"verb": verb, "host": socket.gethostname(), "time": time.time()}
         place = self.folder.word(self.number, self.restart, self.node)
         try:
+            if end.requeue and self._is_in_vain(end):
+                end = _given_up(verb, end)
             atomic.write_json(place, {**dataclasses.asdict(end), **about}, point="word")
             if end.requeue:
                 atomic.write_bytes(self.folder.requeue(self.number), b"", point="requeue")

@@ -5,6 +5,7 @@
 instead of two; it takes ten minutes.
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from fastvideo.launch.folder import PartFolder
+from fastvideo.launch.word import newest_word, read_words
 from fastvideo.preprocess import preprocess
 from fastvideo.state import ShardStore
 from tests.parent_job import Command, assert_same, start, until
@@ -84,11 +87,14 @@ def test_every_way_to_stop_ends_with_75_and_the_next_start_goes_on(
     as_slurm_does.signal(signal.SIGUSR2, *everything)
     step = assert_stopped(as_slurm_does, "SIGUSR2", after=step + 1)
 
-    by_file = start(world, tmp_path)
+    part = PartFolder(tmp_path / "jobs/1/train")
+    by_file = start(world, tmp_path, environment={"FASTVIDEO_JOB_DIR": str(part.root)})
     until(lambda: by_file.saved() > step)
     (tmp_path / "STOP").touch()
     assert_stopped(by_file, "the STOP file", after=step + 1)
     assert not (tmp_path / "STOP").exists()
+    (word,) = read_words(part)
+    assert word.code == 75 and not word.requeue, "a person does not want it to go on by itself"
 
     code, said = start(world, tmp_path).ended()
     assert code == 0, said
@@ -255,3 +261,49 @@ def test_two_nodes_train_what_two_processes_train(
     assert late[1].started() == {}
     assert_same(tmp_path, undisturbed.run_dir)
     assert node(1, "job-2").ended()[0] == 0
+
+
+@pytest.mark.timeout(300)
+def test_a_signal_to_all_processes_of_two_nodes_of_a_job_stops_both_and_asks_for_more(
+    world: World, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    part, run_dir = PartFolder(tmp_path / "jobs/1/train"), tmp_path / "run"
+    port = 20000 + (os.getpid() + 7) % 20000
+
+    def both(restart: int) -> list[Command]:
+        """As a job of Slurm starts them: the same environment but for a counter of Slurm's."""
+        shared = {
+            "FASTVIDEO_JOB_DIR": str(part.root),
+            "FASTVIDEO_RESTART": str(restart),
+            "FASTVIDEO_NODES": "2",
+            "FASTVIDEO_NODE_RANK": "$SLURM_PROCID",
+            "FASTVIDEO_RENDEZVOUS": f"127.0.0.1:{port + restart}",
+            "FASTVIDEO_LAUNCH_ID": f"7-{restart}",
+        }
+        ranks = [{"SLURM_PROCID": str(rank)} for rank in range(2)]
+        one = "parallel.processes=1"
+        return [start(world, run_dir, one, environment={**shared, **rank}) for rank in ranks]
+
+    nodes = both(0)
+    until(nodes[0].saved)
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        for pid in nodes[0].started():  # all of both
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(0.05)
+    codes = [node.process.wait(60) for node in nodes]
+    assert codes == [75, 0], [node.said.read_text() for node in nodes]
+    saved = nodes[0].saved()
+    first, second = read_words(part)
+    assert (first.node, first.code, first.progress, first.requeue) == (0, 75, saved, True)
+    assert (second.node, second.code, second.progress, second.requeue) == (1, 75, saved, False)
+    assert first.message.startswith("stopped by SIG") and f"after step {saved} of" in first.message
+    assert part.requeue(0).exists()
+
+    done = both(1)
+    assert [node.process.wait(120) for node in done] == [0, 0], done[0].said.read_text()
+    assert_same(run_dir, undisturbed.run_dir)
+    assert not part.requeue(0).exists(), "that of the start before"
+    newest = newest_word(read_words(part), 0)
+    assert newest is not None and (newest.restart, newest.node, newest.code) == (1, 0, 0)
+    assert newest.result == {"trained": {"transformer": {"step": 60, "ran": True}}}

@@ -261,7 +261,8 @@ def _judge(end: _End, finished: Callable[[], bool]) -> None:
     """Return if all is done, else raise what became of it; saved state counts, not exit codes."""
     nodes, own = end.work.nodes, _agreed(end)
     if nodes.rank > 0 and own and own.kind in ("finished", "stopped"):
-        _await_rank_0(end)
+        hang_minutes = end.work.recipe.train.watch.hang_minutes
+        _await_rank_0(end.launch, minutes=max(hang_minutes * SAVE_FACTOR, START_MINUTES))
     deadline_s = time.monotonic() + (OTHERS_S if nodes.count > 1 else 0)
     while True:  # what other nodes wrote is seen a little later
         if finished() or (own and own.kind == "finished" and nodes.rank > 0):
@@ -277,16 +278,15 @@ def _judge(end: _End, finished: Callable[[], bool]) -> None:
         time.sleep(0.5)
 
 
-def _await_rank_0(end: _End) -> None:
+def _await_rank_0(launch: LaunchDir, *, minutes: float) -> None:
     """Let node 0 end first, which has more to do.
 
     srun with ``--kill-on-bad-exit`` or ``--wait`` ends all nodes with, or soon after, the first.
     """
-    minutes = max(end.work.recipe.train.watch.hang_minutes * SAVE_FACTOR, START_MINUTES)
     deadline_s = time.monotonic() + minutes * 60
-    while not (end.launch.outcome(0).exists() or 0 in failed_nodes(end.launch)):
+    while not (launch.outcome(0).exists() or 0 in failed_nodes(launch)):
         if time.monotonic() > deadline_s:
-            logger.warning("no word of rank 0 within %g min; see %s", minutes, end.launch.root)
+            logger.warning("no word of rank 0 within %g min; see %s", minutes, launch.root)
             return
         time.sleep(0.5)
 

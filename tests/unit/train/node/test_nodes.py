@@ -4,7 +4,7 @@
 import pytest
 
 from fastvideo.errors import UserError
-from fastvideo.train.node.nodes import Nodes, read_nodes
+from fastvideo.train.node.nodes import Nodes, read_nodes, read_rank
 
 TWO = {
     "FASTVIDEO_NODES": "2",
@@ -20,6 +20,18 @@ def test_the_four_variables_say_it_all_and_none_means_alone() -> None:
     assert read_nodes({**TWO, "FASTVIDEO_RENDEZVOUS": "[fe80::1]:29500"}).rendezvous
     assert read_nodes(TWO).shifted(1).rendezvous == "node1:29501"
     assert Nodes().shifted(1) == Nodes()
+
+
+def test_a_rank_may_be_left_to_the_variable_that_counts_the_nodes() -> None:
+    told = {**TWO, "FASTVIDEO_NODE_RANK": "$SLURM_PROCID"}
+    assert read_nodes({**told, "SLURM_PROCID": "1"}).rank == 1
+    assert read_nodes({**told, "SLURM_PROCID": "0"}).rank == 0
+    for value, said in (("", "SLURM_PROCID is not set"), ("x", "SLURM_PROCID=x: is not a whole")):
+        with pytest.raises(UserError, match=said):
+            read_nodes({**told, "SLURM_PROCID": value})
+    with pytest.raises(UserError, match="count from 0 to 1"):
+        read_nodes({**told, "SLURM_PROCID": "2"})
+    assert read_rank({}) == 0
 
 
 @pytest.mark.parametrize(

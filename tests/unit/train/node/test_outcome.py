@@ -111,7 +111,12 @@ def test_the_other_nodes_learn_why_one_ended_before_its_processes_began(tmp_path
     assert isinstance(told, UserError) and str(told) == "node 1: shards: are gone"
     launch = LaunchDir(tmp_path / "2")
     tell_early(launch, 0, Stopped("stopped by SIGTERM"))
-    assert isinstance(early_end(launch), Stopped) and failed_nodes(launch) == {0}
+    told = early_end(launch)
+    assert isinstance(told, Stopped) and not told.by_person and failed_nodes(launch) == {0}
+    launch = LaunchDir(tmp_path / "3")
+    tell_early(launch, 0, Stopped("stopped by the STOP file", by_person=True))
+    told = early_end(launch)
+    assert isinstance(told, Stopped) and told.by_person
     write_ended(launch, 0, deaths=[], error="processes failed")
     assert early_end(launch) is None
 
