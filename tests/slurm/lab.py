@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.slurm.machine import LabError, Machine, load_machine, start_machine
+from tests.slurm.machine import SYSTEM_PATH, LabError, Machine, load_machine, start_machine
 from tests.slurm.slurm_conf import (
     CONTROLLER,
     LOGIN,
@@ -72,15 +72,18 @@ class Lab:
         """
         sweep()
         self.stop()
+        umask = os.umask(0o022)
         try:
             self._start(lasting)
-        except (LabError, OSError) as error:
+        except (LabError, OSError, subprocess.SubprocessError) as error:
             said = self._ends_of_logs()
             self.stop()
             raise LabError(f"{error}\n{said}") from error
         except BaseException:
             self.stop()
             raise
+        finally:
+            os.umask(umask)
 
     def stop(self) -> None:
         """Leave nothing of the cluster, in whatever state it is."""
@@ -106,7 +109,9 @@ class Lab:
             timeout_s: After which it is killed.
         """
         command = self.user_command(argv, cwd=cwd, env=env)
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s
+        )
 
     def user_command(
         self,
@@ -186,9 +191,17 @@ class Lab:
         lines = self.operator(["sinfo", "-h", "-N", "-p", "main", "-o", "%N %t"], check=False)
         return dict(fields for line in lines.splitlines() if len(fields := line.split()) == 2)
 
-    def is_idle(self) -> bool:
-        """Whether all nodes wait for work."""
-        return self.nodes() == dict.fromkeys(self.settings.node_names, "idle")
+    def wait_until_idle(self, *, timeout_s: float) -> None:
+        """Wait until all nodes wait for work.
+
+        Raises:
+            LabError: They do not in time; says what they do.
+        """
+        idle = dict.fromkeys(self.settings.node_names, "idle")
+        try:
+            wait(lambda: self.nodes() == idle, "idle nodes", timeout_s=timeout_s)
+        except LabError as error:
+            raise LabError(f"{error}: {self.nodes()}") from None
 
     def clear(self) -> None:
         """Cancel everything and bring back all nodes, so that the next test finds a new cluster."""
@@ -202,11 +215,11 @@ class Lab:
             "the end of all jobs",
             timeout_s=self.settings.kill_wait_s + 30,
         )
-        drained = [name for name, state in self.nodes().items() if state != "idle"]
-        if drained:
-            nodes = f"nodename={','.join(drained)}"
-            self.operator(["scontrol", "update", nodes, "state=resume"], check=False)
-        wait(self.is_idle, "idle nodes", timeout_s=30)
+        for name, state in self.nodes().items():
+            if state.startswith(("drain", "down", "inval")):
+                resume = ["scontrol", "update", f"nodename={name}", "state=resume"]
+                self.operator(resume, check=False)
+        self.wait_until_idle(timeout_s=30)
 
     def _start(self, lasting: bool) -> None:
         self.folder.mkdir(mode=0o755)
@@ -229,7 +242,7 @@ class Lab:
         give_own_tmp(login, folder=self.folder)
         for node in self.settings.node_names:
             self.start_node(node)
-        wait(self.is_idle, "idle nodes", timeout_s=15)
+        self.wait_until_idle(timeout_s=15)
 
     def _set_up(self, controller: Machine) -> None:
         """Network, users, munge: what all the others need."""
@@ -254,11 +267,16 @@ link set lab up
 
     def _connect(self, machine: Machine, ip: str) -> None:
         # Seen from the controller's network, but with the host's numbers of processes.
-        network = ["nsenter", f"--target={self.machine('ctl').pid}", "--net", "--"]
+        network = f"nsenter --target={self.machine('ctl').pid} --net -- ip -batch -"
         cable = f"link add {machine.name} type veth peer name eth0 netns {machine.pid}"
         plug = f"link set {machine.name} master lab up"
-        subprocess.run([*network, "ip", *cable.split()], check=True)
-        subprocess.run([*network, "ip", *plug.split()], check=True)
+        subprocess.run(
+            network.split(),
+            env={**os.environ, "PATH": SYSTEM_PATH},
+            input=f"{cable}\n{plug}\n",
+            text=True,
+            check=True,
+        )
         script = f"""\
 link set lo up
 link set eth0 up
@@ -307,8 +325,7 @@ def missing() -> str:
     """Why no cluster can be started here, empty if one can."""
     if os.geteuid() != 0:
         return "a cluster in namespaces takes root"
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    absent = [tool for tool in TOOLS.split() if not shutil.which(tool, path=path)]
+    absent = [tool for tool in TOOLS.split() if not shutil.which(tool, path=SYSTEM_PATH)]
     if absent:
         return (
             f"no {', '.join(absent)}; apt-get install --no-install-recommends util-linux {PACKAGES}"

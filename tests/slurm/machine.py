@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAMESPACES = ("--mount", "--uts", "--net", "--ipc", "--pid")
+# Daemons lie where an ordinary user's path does not lead.
+SYSTEM_PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
 
 
 class LabError(RuntimeError):
@@ -50,6 +52,7 @@ class Machine:
         """
         done = subprocess.run(
             self.command(argv),
+            env={**os.environ, "PATH": SYSTEM_PATH},
             input=text,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
