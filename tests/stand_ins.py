@@ -68,6 +68,20 @@ with open({log!r}, "a") as file:
 {more}
 """
 
+SBATCH = """#!/bin/bash
+folder={folder} parsable=
+[[ $1 == --parsable ]] && parsable=yes && shift
+[[ $# == 1 && -f $1 ]] || exit 3
+number=$(($(ls "$folder" | grep -c '^submitted-.*[.]sbatch$') + 1))
+cp "$1" "$folder/submitted-$number.sbatch"
+env -0 >"$folder/submitted-$number.environment"
+if [[ $number == "$(cat "$folder/refused" 2>/dev/null)" ]]; then
+  echo "sbatch: error: Batch job submission failed: Invalid qos specification" >&2
+  exit 1
+fi
+echo "${{parsable:-Submitted batch job }}$((100 + number))" | sed s/^yes//
+"""
+
 
 @dataclass(frozen=True)
 class StandIns:
@@ -92,6 +106,22 @@ class StandIns:
     def started(self) -> list[dict[str, Any]]:
         """What the starters noted: name, flags and image."""
         return _lines(self.folder / "started.jsonl")
+
+    def sbatch(self, *, refuses: int = 0) -> None:
+        """Make an sbatch that keeps what it is given, as 101, 102, ...; it may refuse one part."""
+        (self.folder / "refused").write_text(f"{refuses}\n")
+        _write(self.folder / "sbatch", SBATCH.format(folder=self.folder))
+        self.answer("scancel", "")
+
+    def submitted(self) -> list[str]:
+        """The scripts that sbatch was given."""
+        numbers = range(1, len(list(self.folder.glob("submitted-*.sbatch"))) + 1)
+        return [(self.folder / f"submitted-{number}.sbatch").read_text() for number in numbers]
+
+    def submitted_with(self, number: int) -> dict[str, str]:
+        """The environment of the call of sbatch, counted from 1."""
+        text = (self.folder / f"submitted-{number}.environment").read_text()
+        return dict(line.split("=", 1) for line in text.split("\0") if line)
 
     def answer(self, name: str, text: str) -> None:
         """Make a tool that prints ``text`` and notes its arguments as lines of ``NAME.txt``."""

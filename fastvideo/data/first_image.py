@@ -3,16 +3,21 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from fastvideo.config.prompts import Prompt
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.log import logger
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+READERS = ("numpy", "av", "PIL")
+"""Packages that read pictures."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,21 @@ def prompt_to_encode(recipe: Recipe, prompt: Prompt, *, origin: str) -> PromptTo
 
 
 def _check_picture(path: Path, *, origin: str, height: int, width: int) -> None:
-    """Read it once: a broken file is to come up before models are loaded, or trained for days."""
+    """Read it once: a broken file is to come up before models are loaded, or trained for days.
+
+    Where jobs are submitted nothing may be installed that can read it: the job will.
+    """
+    if any(find_spec(name) is None for name in READERS):
+        if not path.is_file():
+            raise UserError(f"{origin}: {path}: is no file; correct image_path or video_path")
+        return
     try:
         first_image(path, height=height, width=width)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
 
 
-def first_image(path: Path, *, height: int, width: int) -> npt.NDArray[np.uint8]:
+def first_image(path: Path, *, height: int, width: int) -> "npt.NDArray[np.uint8]":
     """Read an image, or the first frame of a video, as RGB (H, W, 3).
 
     It is scaled until it covers ``height`` and ``width`` and cropped in the centre, as the clips of
@@ -92,8 +104,9 @@ def first_image(path: Path, *, height: int, width: int) -> npt.NDArray[np.uint8]
         raise UserError(f"{path}: gives no image ({fault.detail}); give another file") from None
 
 
-def _picture(path: Path) -> npt.NDArray[np.uint8] | None:
+def _picture(path: Path) -> "npt.NDArray[np.uint8] | None":
     """An image file as RGB (H, W, 3), upright; None if it is none that Pillow knows."""
+    import numpy as np
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:

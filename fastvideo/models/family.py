@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
     from diffusers import DiffusionPipeline, ModelMixin
 
@@ -100,14 +99,14 @@ class Interval:
 class Encoders(Protocol):
     """The frozen models of preprocessing."""
 
-    def encode_video(self, frames_FHWC: npt.NDArray[np.uint8]) -> "Mapping[str, torch.Tensor]":
+    def encode_video(self, frames_FHWC: "npt.NDArray[np.uint8]") -> "Mapping[str, torch.Tensor]":
         """Return the tensors of a clip by column name; ``vae_latent`` (C, T, Y, X) is raw."""
 
     def encode_text(self, captions: Sequence[str]) -> list[Text]:
         """Encode captions one by one."""
 
     def encode_image(
-        self, image_HWC: npt.NDArray[np.uint8], *, num_frames: int
+        self, image_HWC: "npt.NDArray[np.uint8]", *, num_frames: int
     ) -> "Mapping[str, torch.Tensor]":
         """Return what a first image of a video of ``num_frames`` gives to sampling, by column."""
 
