@@ -16,7 +16,15 @@ from types import TracebackType
 from typing import Self
 
 from tests.slurm.accounting import start_accounting
-from tests.slurm.machine import NAMESPACES, SYSTEM_PATH, LabError, Machine, load_machine, start_machine, wait
+from tests.slurm.machine import (
+    NAMESPACES,
+    SYSTEM_PATH,
+    LabError,
+    Machine,
+    load_machine,
+    start_machine,
+    wait,
+)
 from tests.slurm.slurm_conf import (
     CONTROLLER,
     LOGIN,
