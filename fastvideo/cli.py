@@ -55,7 +55,7 @@ def _ended(arguments: argparse.Namespace) -> End:
 def _caught(arguments: argparse.Namespace) -> End:
     """How a verb ends, whichever way it does; what nobody expected is raised."""
     try:
-        _listen(arguments.verb)
+        _listen(arguments)
         return _dispatch(arguments)
     except UserError as error:
         return End(EXIT_USER_ERROR, str(error))
@@ -97,13 +97,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser().parse_intermixed_args(argv)
 
 
-def _listen(verb: str) -> None:
+def _listen(arguments: argparse.Namespace) -> None:
     """End on TERM, USR2 and Ctrl-C with the code for a stop: what is complete on disk stays.
 
     The verbs of ``lora`` have nothing that stays until they are done. ``run`` listens in its own
-    way, and so does training once it has begun.
+    way, and so does training once it has begun. Who waits for a job saves nothing by leaving it.
     """
-    if verb in ("run", "status", "plan", "check"):
+    verb = arguments.verb
+    waits = getattr(arguments, "cluster", None) is not None
+    if waits or verb in ("run", "status", "cancel", "plan", "check"):
         return
 
     outcome = "what is complete stays, the same command continues"

@@ -16,7 +16,7 @@ from pydantic import (
 
 from fastvideo.config.architectures import Architecture, architecture
 from fastvideo.config.parallel import Parallel
-from fastvideo.config.paths import File, Text
+from fastvideo.config.paths import File, Place
 from fastvideo.config.source import HfSource, Source
 from fastvideo.config.spec import Spec
 from fastvideo.config.train import Lora, Train
@@ -29,7 +29,7 @@ class Model(Spec):
     """Architecture."""
     task: Literal["t2v", "i2v"] = "t2v"
     """Text-to-video, or image-to-video: the first frame is given."""
-    path: Text
+    path: Place
     """Folder in diffusers format, or the id of a model on the Hugging Face Hub."""
 
 

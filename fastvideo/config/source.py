@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from fastvideo.config.paths import File, Text
+from fastvideo.config.paths import File, Place, Text
 from fastvideo.config.spec import Spec
 from fastvideo.config.train import Share
 
@@ -67,7 +67,7 @@ class HfSource(Spec):
 
     kind: Literal["hf"] = "hf"
     """Form of the data set."""
-    path: Text
+    path: Place
     """A folder, or the id of a data set on the Hugging Face Hub."""
     name: Text | None = None
     """Its configuration; needed where there are several and none is the default."""

@@ -291,7 +291,7 @@ def _status(folder: JobFolder, record: Record, told: States) -> JobStatus:
     found = {}
     for part in record.parts:
         if record.executor == "local":
-            states = here.get(part.name, {})
+            states = dict.fromkeys(part.numbers, _not_submitted(record)) | here.get(part.name, {})
         elif part.slurm_id is None:
             states = dict.fromkeys(part.numbers, _not_submitted(record))
         else:
@@ -323,9 +323,11 @@ def _of_slurm(part: Part, told: Mapping[int | None, TaskState]) -> dict[int, Tas
 
 
 def _not_submitted(record: Record) -> TaskState:
+    if record.refused:
+        return TaskState(State.CANCELLED, reason="not submitted")
     if time.time() - record.created < SUBMITTING_S:
         return TaskState(State.UNKNOWN, reason="being submitted")
-    return TaskState(State.CANCELLED, reason="never reached Slurm; submit again")
+    return TaskState(State.CANCELLED, reason="was never submitted, as its submission was killed")
 
 
 def _local(folder: JobFolder) -> dict[str, dict[int, TaskState]]:
@@ -369,7 +371,7 @@ def _write_final(status: JobStatus) -> None:
     }
     try:
         atomic.write_json(_final_file(status.folder), value, point="final")
-    except PermissionError:  # of somebody else's run
+    except OSError:  # of somebody else's run, say, or on a full disk: then Slurm is asked again
         return
 
 

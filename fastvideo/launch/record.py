@@ -52,6 +52,8 @@ class Record:
     created: float
     """Seconds of the Unix epoch."""
     parts: tuple[Part, ...]
+    refused: str = ""
+    """Why it was not submitted after all; parts that were are cancelled."""
 
     def write(self, folder: JobFolder) -> None:
         """Write it to its place."""
@@ -60,8 +62,11 @@ class Record:
 
     @classmethod
     def read(cls, folder: JobFolder) -> Self | None:
-        """Read what ``write`` wrote; None if it is not there or of another version."""
-        tree = atomic.read_json(folder.record)
+        """Read what ``write`` wrote; None if it is not there, or of another user or version."""
+        try:
+            tree = atomic.read_json(folder.record)
+        except PermissionError:
+            return None
         if not isinstance(tree, dict) or tree.pop("schema", None) != SCHEMA:
             return None
         parts = tuple(_part(part) for part in tree.pop("parts"))

@@ -20,6 +20,9 @@ TIMEOUT_S = 60.0
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 """Variables of Slurm that say where it is, rather than which job this is."""
 
+# submitit fills them in wherever they stand.
+_MARKS_OF_SUBMITIT = re.compile("%[jtAa]")
+
 
 def max_array_size() -> int:
     """``MaxArraySize`` of this cluster."""
@@ -55,7 +58,7 @@ def submit(
             spec.folder.mkdir(parents=True, exist_ok=True)
             ids[spec.name] = hand_over(spec, rendered, script)
         except BaseException:
-            cancel(list(ids.values()))
+            cancel(list(ids.values()))  # says why if it cannot, after what went wrong before
             raise
         submitted(spec.name, ids[spec.name])
 
@@ -77,7 +80,11 @@ def dry_run(folder: JobFolder, specs: Sequence[JobSpec]) -> str:
 
 def _through_sbatch(spec: JobSpec, rendered: Rendered, script: Path) -> str:
     said = _call(["sbatch", "--parsable", str(script)], part=spec.name)
-    return said.strip().partition(";")[0]  # of several clusters it names the one
+    # Of several clusters it names the one; sites wrap sbatch in scripts that say more.
+    found = re.findall(r"^(\d+)(?:;\S*)?$", said, re.M)
+    if not found:
+        raise Failed(f"{spec.name}: sbatch said {said.strip()!r}, which names no job; see squeue")
+    return str(found[-1])
 
 
 def _through_submitit(spec: JobSpec, rendered: Rendered, script: Path) -> str:
@@ -85,6 +92,11 @@ def _through_submitit(spec: JobSpec, rendered: Rendered, script: Path) -> str:
     from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
     _find("srun")
+    if mark := _MARKS_OF_SUBMITIT.search(str(spec.folder)):
+        raise UserError(
+            f"{spec.folder}: submitit takes no {mark[0]} in a path; choose another run_dir, or set "
+            "submitter: sbatch in the cluster file"
+        )
     executor = submitit.SlurmExecutor(folder=spec.folder / "submitit")
     # submitit's own defaults give way: it asks for five minutes and a work key of its name.
     options = {
@@ -137,7 +149,7 @@ def _refused(what: str, reason: str) -> UserError:
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     return UserError(
         f"{what}: Slurm refuses it: {'; '.join(lines[-3:])}; see the keys of the cluster file and "
-        "`sinfo`. Nothing was submitted"
+        "`sinfo`. Nothing is submitted: parts that were are cancelled"
     )
 
 

@@ -62,7 +62,12 @@ def submit(
     atomic.write_bytes(folder.recipe, asked.recipe.dump().encode(), point="job.recipe")
     record = _record(asked, specs, again=again or order.again)
     record.write(folder)
-    _hand_over(folder, specs, record)
+    try:
+        _hand_over(folder, specs, record)
+    except BaseException as error:  # goes on
+        refused = str(error) or type(error).__name__
+        replace(Record.read(folder) or record, refused=refused).write(folder)
+        raise
     return Job(folder)
 
 

@@ -39,7 +39,8 @@ def _part(status: PartStatus) -> str:
     if part.tasks is not None:
         tasks = ", ".join(f"{count} {name}" for name, count in sorted(status.counts.items()))
     first = next(iter(status.tasks.values()))
-    waiting = first.reason if status.state == State.PENDING and first.reason != "None" else ""
+    waits = status.state in (State.PENDING, State.UNKNOWN) and first.reason != "None"
+    waiting = first.reason if waits else ""
     where = first.nodes if part.tasks is None and status.state == State.RUNNING else ""
     elapsed = _elapsed(first.elapsed_s) if part.tasks is None else ""
     restarts = sum(task.restarts for task in status.tasks.values())
