@@ -176,7 +176,7 @@ def test_watching_through_a_pipe_prints_what_changes_until_the_end(site: Site) -
     runs(site, 101)
     with started("status", str(site.world.recipe), "--watch") as process:
         assert process.stdout is not None
-        lines = []
+        lines: list[str] = []
         while "RUNNING" not in (lines[-1:] or [""])[0]:
             lines.append(process.stdout.readline())
         calls = len(site.tools.calls("sacct"))
