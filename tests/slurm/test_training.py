@@ -2,16 +2,19 @@
 """Training on two nodes of a real Slurm, whatever happens to the job."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fastvideo.errors import EXIT_STOPPED
+from fastvideo.launch.folder import PartFolder
 from tests.experts_job import equal
 from tests.records import exact
 from tests.slurm.lab import Lab
 from tests.slurm.trainings import Training, lay_out
+from tests.slurm.user_view import CHECKOUT
 
 
 def preempt(training: Training) -> None:
@@ -123,3 +126,46 @@ def same_as_undisturbed(training: Training) -> None:
     found, wanted = training.numbers(last), other.numbers(last)
     assert found.keys() == wanted.keys()
     assert all(equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.timeout(300)
+def test_a_failure_is_told_and_what_is_cancelled_goes_on_by_the_script_of_the_suite(
+    lab: Lab, folder: Path
+) -> None:
+    training = lay_out(lab, folder)
+    training.submit()
+    training.wait_for_steps(12, beyond=0)
+    training.kill_rank(3)
+    training.wait(lambda: training.ask("%T") == "FAILED", "its end")
+    reason = r"rank 3 \(process \d+ on n2\) was killed by SIGKILL"
+    assert re.match(reason, training.word(0).message)
+    said = training.call("status")
+    assert re.search(reason, said) and f"to go on: fastvideo train {training.recipe}" in said
+    assert training.saved == 10
+
+    training.submit()
+    training.wait_for_steps(3, beyond=training.step)
+    training.call("cancel")
+    training.wait(lambda: training.ask("%T") == "CANCELLED", "its end")
+    assert (training.restarts, training.word(0).code) == (0, EXIT_STOPPED)
+    assert training.saved == training.step
+    by_script(training)
+
+
+def by_script(training: Training) -> None:
+    """``slurm/train.sbatch`` goes on where the command was."""
+    before, last = training.metrics, training.step
+    script = CHECKOUT / "slurm/train.sbatch"
+    options = ["--parsable", "--nodes=2", "--cpus-per-task=2", "--output=log.txt"]
+    words = [*training.words, f"train.steps={last + 20}"]
+    done = training.lab.run(["sbatch", *options, script, *words], cwd=training.root)
+    assert done.returncode == 0, done.stderr
+    training.job = done.stdout.strip()
+    training.part = PartFolder(training.root / f"slurm-{training.job}")
+    training.wait_for_steps(3, beyond=last)
+    assert training.lab.run(["scontrol", "requeue", training.job]).returncode == 0
+    training.wait(lambda: training.ask("%T") == "COMPLETED", "its end", within_s=90)
+    assert training.restarts == 1
+    assert training.word(0).requeue and training.word(1).code == 0
+    assert training.step == training.saved == last + 20
+    assert training.metrics.startswith(before)

@@ -128,19 +128,23 @@ class Training:
         texts = [f"== {file}\n{file.read_text()[-6000:]}" for file in sorted(files)]
         return "\n".join([self.lab.operator(["scontrol", "show", "job", self.job]), *texts])
 
-    def kill_rank(self, rank: int) -> int:
-        """Kill one of the processes that train, as a kernel out of memory does; its number."""
+    def kill_rank(self, rank: int) -> None:
+        """Kill one of the processes that train, as a kernel out of memory does."""
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (folder / "cmdline").read_bytes().split(b"\0")
-                variables = (folder / "environ").read_bytes().split(b"\0")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            ours = any(word.startswith(bytes(self.run_dir)) for word in command)
-            if ours and b"fastvideo.train.node.rank" in command and b"RANK=%d" % rank in variables:
+            if self._is_rank(folder, rank):
                 os.kill(int(folder.name), signal.SIGKILL)
-                return int(folder.name)
+                return
         raise AssertionError(f"no process of rank {rank} runs\n{self.logs()}")
+
+    def _is_rank(self, process: Path, rank: int) -> bool:
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            ours = any(word.startswith(bytes(self.run_dir)) for word in command)
+            if not ours or b"fastvideo.train.node.rank" not in command:
+                return False
+            return b"RANK=%d" % rank in (process / "environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            return False
 
     def records(self, *, until: int) -> list[dict[str, Any]]:
         """Of each step, without times."""
