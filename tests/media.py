@@ -142,3 +142,19 @@ def write_sound(path: Path, *, cover: Image | None = None) -> Path:
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def flipped(path: Path) -> None:
+    """Write a video that opens as if nothing were wrong and cannot be decoded."""
+    noise(path, {})
+    data = bytearray(path.read_bytes())
+    for place in range(len(data) // 4, len(data) // 2, 500):
+        data[place] ^= 0x55
+    path.write_bytes(data)
+
+
+def noise(path: Path, options: dict[str, str]) -> None:
+    """Write a video of noise, 1.2 s, with options of the encoder."""
+    rng = np.random.default_rng(0)
+    images = (rng.integers(0, 255, (96, 128, 3), dtype=np.uint8) for _ in range(12))
+    write_video(path, images, Encoding(fps=10, options=options))

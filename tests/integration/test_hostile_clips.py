@@ -23,6 +23,8 @@ from tests.media import (
     CORNERS,
     Encoding,
     corners_of,
+    flipped,
+    noise,
     number_of,
     write_cover,
     write_numbered,
@@ -73,20 +75,6 @@ def cut(share: float, **options: str) -> Maker:
         path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
     return make
-
-
-def flipped(path: Path) -> None:
-    noise(path, {})
-    data = bytearray(path.read_bytes())
-    for place in range(len(data) // 4, len(data) // 2, 500):
-        data[place] ^= 0x55
-    path.write_bytes(data)
-
-
-def noise(path: Path, options: dict[str, str]) -> None:
-    rng = np.random.default_rng(0)
-    images = (rng.integers(0, 255, (96, 128, 3), dtype=np.uint8) for _ in range(12))
-    write_video(path, images, Encoding(fps=10, options=options))
 
 
 def text(content: str | bytes) -> Maker:

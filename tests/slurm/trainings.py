@@ -78,7 +78,9 @@ class Training:
         return done.stdout
 
     def submit(self) -> None:
-        folder = JobFolder(Path(self.call("train", "--cluster", self.root / "cluster.yaml").strip()))
+        folder = JobFolder(
+            Path(self.call("train", "--cluster", self.root / "cluster.yaml").strip())
+        )
         self.part = folder.part("train")
         self.job = json.loads(folder.record.read_text())["parts"][0]["slurm_id"]
 
