@@ -14,7 +14,7 @@ SHELL_FILES = $(call files,'*.sh' '*.sbatch' .ci/run)
 CPP_FILES = $(call files,'*.cpp' '*.cu' '*.cuh' '*.h')
 DOCKERFILES = $(call files,'*Dockerfile')
 
-.PHONY: help venv kernels demo test check format lock clean-venv
+.PHONY: help venv kernels demo test slurm-lab check format lock clean-venv
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -31,6 +31,9 @@ demo: .venv/.train ## real clips to a finetuned model, on the CPU
 
 test: .venv/.dev kernels ## pytest $(ARGS)
 	$(BIN)/pytest $(ARGS)
+
+slurm-lab: .venv/.train ## a real Slurm on this machine, as root; ARGS=stop ends it
+	$(BIN)/python -m tests.slurm.lab $(or $(ARGS),start)
 
 check: .venv/.dev ## lint, types, imports, scripts, configs; changes nothing
 	$(BIN)/ruff check

@@ -189,7 +189,7 @@ class Cluster(Spec):
     def _slurm_keys_need_slurm(self) -> Self:
         if self.executor == "slurm":
             return self
-        for key in ("partition", "account", "qos", "time_minutes", "memory_gib", "interface"):
+        for key in ("partition", "account", "qos", "time_minutes", "interface"):
             self._refuse_locally(key, getattr(self, key))
         self._refuse_locally("options", self.options or None)
         self._refuse_locally("nodes", self.nodes if self.nodes > 1 else None)

@@ -17,6 +17,8 @@ from fastvideo.launch.job import Array, JobSpec, ranges
 
 SRUN = ("--kill-on-bad-exit=1", "--wait=60")
 """One node's failure ends the others', at once; so does its end, a minute later."""
+SHIELD = """bash -c "trap '' TERM USR2; exec \\"\\$@\\"" -"""
+"""No request to stop ends a process before it listens to them; Slurm ends it in its own time."""
 OF_STEP = (
     "FASTVIDEO_JOB_DIR",
     "FASTVIDEO_TASK",
@@ -225,10 +227,9 @@ def _step(spec: JobSpec) -> str:
     """The command that runs on each node."""
     way = entered(spec, slurm=True)
     flags = [*SRUN, f"--cpus-per-task={spec.resources.cpus_per_task}"]
-    words = ["srun", *flags, *way.srun, *way.prefix, *spec.program, *spec.command]
-    if spec.array is None:
-        return shlex.join(words)
-    return f'{shlex.join([*words, spec.array.option])} "${{values[$FASTVIDEO_TASK]}}"'
+    words = [*way.prefix, *spec.program, *spec.command]
+    own = f' {spec.array.option} "${{values[$FASTVIDEO_TASK]}}"' if spec.array else ""
+    return f"{shlex.join(['srun', *flags, *way.srun])} {SHIELD} {shlex.join(words)}{own}"
 
 
 def _requeue(spec: JobSpec) -> list[str]:

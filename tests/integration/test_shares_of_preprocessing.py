@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fastvideo import atomic, state
-from fastvideo.cli import parse_every
+from fastvideo.arguments import parse_every
 from fastvideo.data import fill
 from fastvideo.data.gpus import visible_gpus
 from fastvideo.errors import Failed, UserError

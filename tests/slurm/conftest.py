@@ -21,7 +21,11 @@ def started_lab() -> Iterator[Lab]:
 def lab(started_lab: Lab) -> Iterator[Lab]:
     """The cluster, idle and with the settings it was started with."""
     settings = started_lab.settings
+    log = started_lab.folder / "log" / "slurmctld.log"
+    begin = log.stat().st_size
     yield started_lab
+    # Shown for tests that fail.
+    print(log.read_bytes()[begin:].decode())
     started_lab.clear()
     if started_lab.settings != settings:
         started_lab.configure(settings)

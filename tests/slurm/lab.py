@@ -10,13 +10,21 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.slurm.machine import LabError, Machine, load_machine, start_machine
+from tests.slurm.accounting import start_accounting
+from tests.slurm.machine import (
+    NAMESPACES,
+    SYSTEM_PATH,
+    LabError,
+    Machine,
+    load_machine,
+    start_machine,
+    wait,
+)
 from tests.slurm.slurm_conf import (
     CONTROLLER,
     LOGIN,
@@ -72,15 +80,18 @@ class Lab:
         """
         sweep()
         self.stop()
+        umask = os.umask(0o022)
         try:
             self._start(lasting)
-        except (LabError, OSError) as error:
+        except (LabError, OSError, subprocess.SubprocessError) as error:
             said = self._ends_of_logs()
             self.stop()
             raise LabError(f"{error}\n{said}") from error
         except BaseException:
             self.stop()
             raise
+        finally:
+            os.umask(umask)
 
     def stop(self) -> None:
         """Leave nothing of the cluster, in whatever state it is."""
@@ -106,7 +117,9 @@ class Lab:
             timeout_s: After which it is killed.
         """
         command = self.user_command(argv, cwd=cwd, env=env)
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s
+        )
 
     def user_command(
         self,
@@ -186,9 +199,17 @@ class Lab:
         lines = self.operator(["sinfo", "-h", "-N", "-p", "main", "-o", "%N %t"], check=False)
         return dict(fields for line in lines.splitlines() if len(fields := line.split()) == 2)
 
-    def is_idle(self) -> bool:
-        """Whether all nodes wait for work."""
-        return self.nodes() == dict.fromkeys(self.settings.node_names, "idle")
+    def wait_until_idle(self, *, timeout_s: float) -> None:
+        """Wait until all nodes wait for work.
+
+        Raises:
+            LabError: They do not in time; says what they do.
+        """
+        idle = dict.fromkeys(self.settings.node_names, "idle")
+        try:
+            wait(lambda: self.nodes() == idle, "idle nodes", timeout_s=timeout_s)
+        except LabError as error:
+            raise LabError(f"{error}: {self.nodes()}") from None
 
     def clear(self) -> None:
         """Cancel everything and bring back all nodes, so that the next test finds a new cluster."""
@@ -202,11 +223,11 @@ class Lab:
             "the end of all jobs",
             timeout_s=self.settings.kill_wait_s + 30,
         )
-        drained = [name for name, state in self.nodes().items() if state != "idle"]
-        if drained:
-            nodes = f"nodename={','.join(drained)}"
-            self.operator(["scontrol", "update", nodes, "state=resume"], check=False)
-        wait(self.is_idle, "idle nodes", timeout_s=30)
+        for name, state in self.nodes().items():
+            if state.startswith(("drain", "down", "inval")):
+                resume = ["scontrol", "update", f"nodename={name}", "state=resume"]
+                self.operator(resume, check=False)
+        self.wait_until_idle(timeout_s=30)
 
     def _start(self, lasting: bool) -> None:
         self.folder.mkdir(mode=0o755)
@@ -221,7 +242,7 @@ class Lab:
         controller.save(self.folder / "machines")
         self._set_up(controller)
         if self.settings.accounting:
-            self._start_accounting(controller)
+            start_accounting(controller, folder=self.folder)
         controller.run(["slurmctld", "-c"])
         login = start_machine("login", inside=controller)
         login.save(self.folder / "machines")
@@ -229,7 +250,7 @@ class Lab:
         give_own_tmp(login, folder=self.folder)
         for node in self.settings.node_names:
             self.start_node(node)
-        wait(self.is_idle, "idle nodes", timeout_s=15)
+        self.wait_until_idle(timeout_s=15)
 
     def _set_up(self, controller: Machine) -> None:
         """Network, users, munge: what all the others need."""
@@ -254,11 +275,16 @@ link set lab up
 
     def _connect(self, machine: Machine, ip: str) -> None:
         # Seen from the controller's network, but with the host's numbers of processes.
-        network = ["nsenter", f"--target={self.machine('ctl').pid}", "--net", "--"]
+        network = f"nsenter --target={self.machine('ctl').pid} --net -- ip -batch -"
         cable = f"link add {machine.name} type veth peer name eth0 netns {machine.pid}"
         plug = f"link set {machine.name} master lab up"
-        subprocess.run([*network, "ip", *cable.split()], check=True)
-        subprocess.run([*network, "ip", *plug.split()], check=True)
+        subprocess.run(
+            network.split(),
+            env={**os.environ, "PATH": SYSTEM_PATH},
+            input=f"{cable}\n{plug}\n",
+            text=True,
+            check=True,
+        )
         script = f"""\
 link set lo up
 link set eth0 up
@@ -266,34 +292,6 @@ addr add {ip}/24 dev eth0
 route add default via {CONTROLLER}
 """
         machine.run(["ip", "-batch", "-"], text=script)
-
-    def _start_accounting(self, controller: Machine) -> None:
-        data, log = self.folder / "mysql", self.folder / "log"
-        # In memory: setting the tables up takes 0.4 s instead of 2 to 10.
-        controller.run(["mount", "-t", "tmpfs", "tmpfs", data])
-        controller.run(["chown", "mysql", data])
-        common = ["--no-defaults", "--user=mysql", f"--datadir={data}"]
-        small = ["--innodb-log-file-size=8M", "--innodb-buffer-pool-size=64M"]
-        install = ["--auth-root-authentication-method=socket", "--skip-test-db"]
-        controller.run(["mariadb-install-db", *common, *install, "--skip-name-resolve", *small])
-        sql = self.folder / "etc" / "init.sql"
-        # One statement a line.
-        sql.write_text(
-            "CREATE USER slurm@localhost IDENTIFIED BY 'slurm';\n"
-            "GRANT ALL ON slurm_acct_db.* TO slurm@localhost;\n"
-        )
-        socket = data / "mysql.sock"
-        server = ["mariadbd", *common, *small, f"--socket={socket}", f"--init-file={sql}"]
-        server += ["--skip-networking", f"--pid-file={data}/pid", "--performance-schema=0"]
-        shell = 'log=$1; shift; setsid "$@" >"$log" 2>&1 </dev/null &'
-        controller.run(["bash", "-c", shell, "bash", log / "mariadb.log", *server])
-        ping = ["mariadb-admin", "--no-defaults", f"--socket={socket}", "ping"]
-        wait(lambda: "alive" in controller.run(ping, check=False), "MariaDB", timeout_s=20)
-        # With this slurmdbd finds the socket, so that the database needs no port.
-        controller.run(["env", f"MYSQL_UNIX_PORT={socket}", "slurmdbd"])
-        ask = ["sacctmgr", "-n", "show", "cluster"]
-        wait(lambda: "error" not in controller.run(ask, check=False), "slurmdbd", timeout_s=20)
-        controller.run(["sacctmgr", "-i", "add", "cluster", "lab"])
 
     def _ends_of_logs(self) -> str:
         logs = [*sorted((self.folder / "log").glob("*.log")), self.folder / "munge.log"]
@@ -306,14 +304,13 @@ route add default via {CONTROLLER}
 def missing() -> str:
     """Why no cluster can be started here, empty if one can."""
     if os.geteuid() != 0:
-        return "a cluster in namespaces takes root"
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    absent = [tool for tool in TOOLS.split() if not shutil.which(tool, path=path)]
+        return "only root can start a cluster; run the tests as root"
+    absent = [tool for tool in TOOLS.split() if not shutil.which(tool, path=SYSTEM_PATH)]
     if absent:
-        return (
-            f"no {', '.join(absent)}; apt-get install --no-install-recommends util-linux {PACKAGES}"
-        )
-    return ""
+        install = f"apt-get install --no-install-recommends {PACKAGES}"
+        return f"no {', '.join(absent)}; {install}"
+    try_out = subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True, text=True)
+    return try_out.stderr.strip()
 
 
 def sweep() -> None:
@@ -322,19 +319,6 @@ def sweep() -> None:
         owner = folder.name.split("-")[-2]
         if owner.isdigit() and not Path("/proc", owner).exists():
             Lab(folder).stop()
-
-
-def wait(is_so: Callable[[], bool], what: str, *, timeout_s: float) -> None:
-    """Wait until something is so.
-
-    Raises:
-        LabError: It is not in time.
-    """
-    end = time.monotonic() + timeout_s
-    while not is_so():
-        if time.monotonic() > end:
-            raise LabError(f"waited {timeout_s:g} s for {what} in vain")
-        time.sleep(0.1)
 
 
 def _free_folder() -> Path:

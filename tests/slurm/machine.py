@@ -4,12 +4,15 @@
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 NAMESPACES = ("--mount", "--uts", "--net", "--ipc", "--pid")
+# Daemons lie where an ordinary user's path does not lead.
+SYSTEM_PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
 
 
 class LabError(RuntimeError):
@@ -50,6 +53,7 @@ class Machine:
         """
         done = subprocess.run(
             self.command(argv),
+            env={**os.environ, "PATH": SYSTEM_PATH},
             input=text,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -112,6 +116,19 @@ def start_machine(name: str, *, inside: Machine | None = None, lasting: bool = F
     outer.stdout.close()
     pid = _child(_child(outer.pid)) if inside else _child(outer.pid)
     return Machine(name, pid, _start_time(pid))
+
+
+def wait(is_so: Callable[[], bool], what: str, *, timeout_s: float) -> None:
+    """Wait until something is so.
+
+    Raises:
+        LabError: It is not in time.
+    """
+    end = time.monotonic() + timeout_s
+    while not is_so():
+        if time.monotonic() > end:
+            raise LabError(f"waited {timeout_s:g} s for {what} in vain")
+        time.sleep(0.1)
 
 
 def _child(pid: int) -> int:

@@ -58,14 +58,20 @@ def write_slurm_conf(settings: Settings, *, folder: Path) -> None:
     if not first_job.exists():
         # Clusters that all begin with job 1 hide mistakes with files named by ids of jobs.
         first_job.write_text(str(random.randrange(1000, 900_000)))
-    (etc / "slurm.conf").write_text(_slurm_conf(settings, folder, int(first_job.read_text())))
     gpus = f"Name=gpu File={folder}/gpu/fake[0-{settings.gpus - 1}]\n" if settings.gpus else ""
-    (etc / "gres.conf").write_text(gpus)
-    # slurmd 22.05 starts a cgroup plugin in any case; this one touches nothing.
-    (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
-    dbd = etc / "slurmdbd.conf"
-    dbd.touch(mode=0o600)
-    dbd.write_text(_slurmdbd_conf(folder))
+    texts = {
+        "slurm.conf": _slurm_conf(settings, folder, int(first_job.read_text())),
+        "gres.conf": gpus,
+        # slurmd 22.05 starts a cgroup plugin in any case; this one touches nothing.
+        "cgroup.conf": "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n",
+        "slurmdbd.conf": _slurmdbd_conf(folder),
+    }
+    for name, text in texts.items():
+        # At once: a slurmd that still reads for an earlier reconfiguration dies of half a file.
+        new = etc / f".{name}"
+        new.touch(mode=0o600 if name == "slurmdbd.conf" else 0o644)
+        new.write_text(text)
+        new.replace(etc / name)
 
 
 def _slurm_conf(settings: Settings, folder: Path, first_job: int) -> str:

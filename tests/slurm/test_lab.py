@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.lab import Lab, sweep, wait
-from tests.slurm.machine import LabError
+from tests.slurm.lab import Lab, sweep
+from tests.slurm.machine import LabError, wait
 from tests.slurm.slurm_conf import Settings
 from tests.slurm.user_view import CHECKOUT, UID
 
@@ -22,6 +22,10 @@ def submit(lab: Lab, *options: str, command: str) -> str:
 
 def state(lab: Lab, job: str) -> str:
     return lab.run(["squeue", "-h", "-t", "all", "-o", "%T", "-j", job]).stdout.strip()
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def test_every_node_has_its_own_name_address_and_temporary_folder(lab: Lab, folder: Path) -> None:
@@ -56,8 +60,8 @@ def test_gpus_are_handed_out(lab: Lab) -> None:
 def test_a_dead_node_loses_its_job_to_another_and_comes_back(lab: Lab, folder: Path) -> None:
     command = f"echo ${{SLURM_RESTART_COUNT:-0}} $(hostname) >>{folder}/starts; sleep 100"
     job = submit(lab, "--requeue", command=command)
-    wait(lambda: (folder / "starts").exists(), "the first start", timeout_s=10)
-    dead = (folder / "starts").read_text().split()[-1]
+    wait(lambda: read(folder / "starts").endswith("\n"), "the first start", timeout_s=10)
+    dead = read(folder / "starts").split()[-1]
     lab.kill_node(dead)
     with pytest.raises(LabError, match="is not running"):
         lab.machine(dead)
@@ -65,7 +69,8 @@ def test_a_dead_node_loses_its_job_to_another_and_comes_back(lab: Lab, folder: P
     wait(lambda: state(lab, job) == "RUNNING", "another start", timeout_s=20)
     sacct = ["sacct", "-n", "-X", "-D", "-P", "-o", "state", "-j", job]
     wait(lambda: lab.run(sacct).stdout.split() == ["NODE_FAIL", "RUNNING"], "sacct", timeout_s=10)
-    restart, node = (folder / "starts").read_text().splitlines()[1].split()
+    wait(lambda: read(folder / "starts").count("\n") == 2, "the second start", timeout_s=10)
+    restart, node = read(folder / "starts").splitlines()[1].split()
     assert restart == "1"
     assert node != dead
     lab.start_node(dead)
@@ -89,8 +94,8 @@ def test_preemption_sends_the_signal_that_the_cluster_is_set_to(
     )
     wait((folder / "up").exists, "the first job", timeout_s=10)
     submit(lab, "--partition=high", "--exclusive", "--nodelist=n2", command="true")
-    wait((folder / "got").exists, "a signal", timeout_s=10)
-    assert (folder / "got").read_text() == ("USR2\n" if user_signal else "TERM\n"), job
+    wait(lambda: read(folder / "got").endswith("\n"), "a signal", timeout_s=10)
+    assert read(folder / "got") == ("USR2\n" if user_signal else "TERM\n"), job
 
 
 def test_sacct_knows_every_end(lab: Lab) -> None:
@@ -135,7 +140,7 @@ input()
     folder, pid = maker.stdout.readline().split()
     maker.kill()
     maker.wait()
-    wait(lambda: not Path(f"/proc/{pid}/root/etc").exists(), "its node's end", timeout_s=10)
+    wait(lambda: not Path(f"/proc/{pid}/exe").exists(), "its node's end", timeout_s=10)
     sweep()
     assert not Path(folder).exists()
 

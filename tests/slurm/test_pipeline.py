@@ -65,7 +65,14 @@ def test_one_command_makes_videos_of_clips_and_a_failed_stage_says_how_to_go_on(
     lab: Lab, folder: Path
 ) -> None:
     recipe, cluster = lay_out(folder)
-    command = ["fastvideo", "run", recipe, "source.max_failed=0.0", "--cluster", cluster]
+    command: list[str | Path] = [
+        "fastvideo",
+        "run",
+        recipe,
+        "source.max_failed=0.0",
+        "--cluster",
+        cluster,
+    ]
     began_s = time.monotonic()
     submitted = lab.run(command)
     assert submitted.returncode == 0, submitted.stderr

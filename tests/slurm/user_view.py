@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How an ordinary user of the test cluster gets to see a checkout that only root may enter.
 
-Nothing of the host is changed: the folders in the way are covered by empty ones in the cluster's
-own mounts, and only what the user needs is shown in these.
+Nothing of the host is changed: in the cluster's own mounts, open folders that hold only what the
+user needs cover those that are in the way.
 """
 
 from pathlib import Path
@@ -32,37 +32,48 @@ def show_to_user(controller: Machine, *, folder: Path) -> None:
     (folder / "etc" / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
     for name in ("passwd", "group", "nsswitch.conf", "hosts"):
         controller.run(["mount", "--bind", folder / "etc" / name, Path("/etc", name)])
-    shown = _needed()
-    for number, path in enumerate(shown):
-        kept = folder / "shown" / str(number)
-        kept.mkdir(parents=True)
-        controller.run(["mount", "--rbind", path, kept])
-    for cover in sorted({cover for path in shown if (cover := _closed_to_others(path))}):
-        controller.run(["mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", cover])
-        _bring_back(controller, cover, shown, folder)
+    for path in _needed():
+        place = _shown(path, folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            place.mkdir()
+        else:
+            place.touch()
+        controller.run(["mount", "--rbind", path, place])
+    for cover in {cover for path in _needed() if (cover := _closed_to_others(path))}:
+        controller.run(["mount", "--rbind", _shown(cover, folder), cover])
 
 
 def give_own_tmp(machine: Machine, *, folder: Path) -> None:
     """Give a machine a ``/tmp`` and shared memory that no other one sees."""
     for path in (TMP, Path("/dev/shm")):
         machine.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", path])
-    _bring_back(machine, TMP, _needed(), folder)
+    # The checkout may lie there.
+    for shown in _shown(TMP, folder).glob("*"):
+        machine.run(["mkdir", TMP / shown.name])
+        machine.run(["mount", "--rbind", shown, TMP / shown.name])
 
 
-def _bring_back(machine: Machine, cover: Path, shown: list[Path], folder: Path) -> None:
-    for number, path in enumerate(shown):
-        if path.is_relative_to(cover):
-            machine.run(["mkdir", "-p", path])
-            machine.run(["mount", "--rbind", folder / "shown" / str(number), path])
+def _shown(path: Path, folder: Path) -> Path:
+    """Where ``path`` is kept, in a tree that holds what the user needs and nothing else."""
+    return folder / "shown" / path.relative_to("/")
 
 
 def _needed() -> list[Path]:
-    """The checkout, its environment, and the Python that this environment refers to."""
+    """The checkout, its environment, and the Python that this environment refers to.
+
+    Of a folder that is closed to others its contents, which then appear in an open one.
+    """
     environment = CHECKOUT / ".venv"
     python = (environment / "bin" / "python").resolve()
     paths = {CHECKOUT.resolve(), environment.resolve(), python.parents[1]}
     outer = {path for path in paths for other in paths - {path} if path.is_relative_to(other)}
-    return sorted(path for path in paths - outer if path != Path("/usr"))
+    needed = sorted(path for path in paths - outer if path != Path("/usr"))
+    return [part for path in needed for part in ([path] if _is_open(path) else path.iterdir())]
+
+
+def _is_open(folder: Path) -> bool:
+    return folder.stat().st_mode & 0o005 == 0o005
 
 
 def _closed_to_others(path: Path) -> Path | None:
