@@ -4,6 +4,7 @@
 import argparse
 import json
 import shlex
+from typing import Any
 
 from fastvideo.config.cluster import Cluster
 from fastvideo.config.recipe import Recipe
@@ -74,12 +75,12 @@ def _again(arguments: argparse.Namespace) -> list[str]:
 
 def _waited(job: Job, *, as_json: bool) -> End:
     """Stay until the job is over; its end is ours."""
-    last = ""
+    last: dict[str, Any] = {}
     logger.info("Ctrl-C leaves the job alone; fastvideo cancel ends it")
     for status in job.follow():
-        if (text := describe([status])) != last:
-            last = text
-            logger.info("%s", text)
+        if (value := status.as_json()) != last:  # in which no time goes by
+            last = value
+            logger.info("%s", describe([status]))
     print(json.dumps(status.as_json()) if as_json else job.folder.root)
     return _end(status)
 

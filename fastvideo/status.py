@@ -97,9 +97,9 @@ def watch(recipe: Recipe, *, as_json: bool = False) -> None:
         text = value if as_json else "\n".join([describe(counts), table.describe(jobs)])
         if sys.stdout.isatty() and not as_json:
             print(f"{CLEAR}{text}\n{time.strftime('%H:%M:%S')}, Ctrl-C ends only this", flush=True)
-        elif text != last:
+        elif value != last:  # in which no time goes by
             print(text, flush=True)
-        last = text
+        last = value
         if all(job.is_final for job in jobs):
             return
         time.sleep(pause_s)

@@ -234,7 +234,8 @@ def test_cancel_ends_what_is_under_way_and_nothing_else(site: Site) -> None:
     assert wrong.code == 2
     assert folders[1].name in wrong.err and folders[2].name in wrong.err
     assert site.cli("cancel").code == 0
-    assert site.stand_ins.asked("scancel") == ["102", "102", "103"]
+    first, *others = site.stand_ins.asked("scancel")
+    assert first == "102" and sorted(others) == ["102", "103"]
     ended(site, *((number, None, "CANCELLED by 1000") for number in (101, 102, 103)))
     done = site.cli("cancel")
     assert done.code == 0 and "nothing is under way" in done.err
