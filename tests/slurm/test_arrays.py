@@ -49,7 +49,13 @@ class Filling:
 
     def submit(self, *options: str) -> "subprocess.CompletedProcess[str]":
         """``fastvideo preprocess --cluster``."""
-        words: list[str | Path] = ["fastvideo", "preprocess", self.world.recipe, "--cluster", self.cluster]
+        words: list[str | Path] = [
+            "fastvideo",
+            "preprocess",
+            self.world.recipe,
+            "--cluster",
+            self.cluster,
+        ]
         return self.lab.run([*words, *options])
 
     def submitted(self) -> Path:
