@@ -43,8 +43,8 @@ def runs(site: Site, *jobs: int) -> None:
 
 
 def ended(site: Site, *rows: tuple[int, int | None, str], code: int = 0) -> None:
+    site.accounting(*rows, code=code)  # first, lest somebody who watches finds it nowhere
     site.tools.queue(error="slurm_load_jobs error: Invalid job id specified")
-    site.accounting(*rows, code=code)
 
 
 @contextmanager
