@@ -3,17 +3,17 @@
 #   TASKS=16 GPU='--gpus-per-node=1' TRAIN='--nodes=2 --gpus-per-node=8' \
 #     slurm/pipeline.sh RECIPE [key=value ...]
 # TASKS share the preprocessing; GPU are sbatch options of preprocessing and sampling, TRAIN those
-# of training, ALL those of all, e.g. --cpus-per-task=4. See train.sbatch for FASTVIDEO.
+# of training, ALL those of all ('--cpus-per-task=4 --account=...'). See train.sbatch for FASTVIDEO.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
-read -ra gpu <<<"${GPU:-}"
 read -ra all <<<"${ALL:-}"
+read -ra gpu <<<"${GPU:-}"
 read -ra train <<<"${TRAIN:-}"
 
 submit() { # after which job, the options of sbatch and the script
   local after=$1
   shift
-  sbatch --parsable ${after:+--dependency="afterok:$after" --kill-on-invalid-dep=yes} "${all[@]}" "$@"
+  sbatch --parsable "${all[@]}" ${after:+--dependency="afterok:$after" --kill-on-invalid-dep=yes} "$@"
 }
 
 job=$(submit '' "$here/preprocess.sbatch" "$@" --manifest-only)

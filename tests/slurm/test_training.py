@@ -3,6 +3,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tests.records import exact
 from tests.slurm.lab import Lab
 from tests.slurm.trainings import Training, lay_out
 from tests.slurm.user_view import CHECKOUT
+
+LAST_STEP = 60
 
 
 def preempt(training: Training) -> None:
@@ -129,9 +132,7 @@ def same_as_undisturbed(training: Training) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_failure_is_told_and_what_is_cancelled_goes_on_by_the_script_of_the_suite(
-    lab: Lab, folder: Path
-) -> None:
+def test_a_failure_is_told_and_what_is_cancelled_stays_so(lab: Lab, folder: Path) -> None:
     training = lay_out(lab, folder)
     training.submit()
     training.wait_for_steps(12, beyond=0)
@@ -141,7 +142,7 @@ def test_a_failure_is_told_and_what_is_cancelled_goes_on_by_the_script_of_the_su
     assert re.match(reason, training.word(0).message)
     said = training.call("status")
     assert re.search(reason, said) and f"to go on: fastvideo train {training.recipe}" in said
-    assert training.saved == 10
+    assert (training.saved, training.restarts) == (10, 0)
 
     training.submit()
     training.wait_for_steps(3, beyond=training.step)
@@ -149,23 +150,30 @@ def test_a_failure_is_told_and_what_is_cancelled_goes_on_by_the_script_of_the_su
     training.wait(lambda: training.ask("%T") == "CANCELLED", "its end")
     assert (training.restarts, training.word(0).code) == (0, EXIT_STOPPED)
     assert training.saved == training.step
-    by_script(training)
 
 
-def by_script(training: Training) -> None:
-    """``slurm/train.sbatch`` goes on where the command was."""
-    before, last = training.metrics, training.step
-    script = CHECKOUT / "slurm/train.sbatch"
-    options = ["--parsable", "--nodes=2", "--cpus-per-task=2", "--output=log.txt"]
-    words = [*training.words, f"train.steps={last + 20}"]
-    done = training.lab.run(["sbatch", *options, script, *words], cwd=training.root)
+@pytest.mark.timeout(300)
+def test_scripts_of_the_suite_lead_from_clips_to_videos(lab: Lab, folder: Path) -> None:
+    training = lay_out(lab, folder, shards=False)
+    program = f"{sys.executable} -m fastvideo"
+    variables = {"ALL": "--cpus-per-task=2", "TASKS": "2", "TRAIN": "--nodes=2"}
+    command = [CHECKOUT / "slurm/pipeline.sh", training.recipe, f"train.steps={LAST_STEP}"]
+    environment = {**variables, "FASTVIDEO": program, "OMP_NUM_THREADS": "1"}
+    done = lab.run(command, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
-    training.job = done.stdout.strip()
-    training.part = PartFolder(training.root / f"slurm-{training.job}")
-    training.wait_for_steps(3, beyond=last)
-    assert training.lab.run(["scontrol", "requeue", training.job]).returncode == 0
-    training.wait(lambda: training.ask("%T") == "COMPLETED", "its end", within_s=90)
+    last = replace(training, job=done.stdout.split()[4].rstrip(":"))
+    training.job = lab.operator(["squeue", "-h", "-n", "train", "-o", "%i"]).strip()
+    training.part = PartFolder(folder / f"slurm-{training.job}")
+
+    training.wait_for_steps(3, beyond=0)
+    lab.operator(["scancel", "--signal=USR2", training.job])
+    training.wait(training.part.word(0, 0, 0).exists, "its end")
+    before = training.metrics
+    stopped(training, "SIGUSR2", 0)
+    training.wait(lambda: last.ask("%T") == "COMPLETED", "the last job's end", within_s=90)
     assert training.restarts == 1
-    assert training.word(0).requeue and training.word(1).code == 0
-    assert training.step == training.saved == last + 20
-    assert training.metrics.startswith(before)
+    assert training.part.requeued(0, 0).exists()
+    assert training.saved == LAST_STEP
+    assert training.metrics.startswith(before + "\n")
+    videos = sorted(path.name for path in training.run_dir.glob("generate/export/*.mp4"))
+    assert videos == ["0000.mp4", "0001.mp4"]

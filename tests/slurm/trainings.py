@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Training:
     overrides: tuple[str, ...] = ()
     job: str = ""
     """Its number."""
-    part: PartFolder = PartFolder(Path())
+    part: PartFolder = field(default_factory=lambda: PartFolder(Path()))
 
     @property
     def recipe(self) -> Path:
@@ -160,11 +160,12 @@ class Training:
         return dict(flat(torch.load(file)))
 
 
-def lay_out(lab: Lab, root: Path) -> Training:
-    """A training with its shards ready, of the user."""
+def lay_out(lab: Lab, root: Path, *, shards: bool = True) -> Training:
+    """A training of the user, with its ``shards`` ready or still to be made."""
     write_tiny(root / "model")
     world = make_world(root / "job", clips=7, model=root / "model")
-    assert in_fork(lambda: preprocess(world.load())) == 0
+    if shards:
+        assert in_fork(lambda: preprocess(world.load())) == 0
     tree = yaml.safe_load(world.recipe.read_text())
     tree["train"] |= KEYS
     tree["parallel"] = {"processes": 2, "shard": 4}
