@@ -157,7 +157,11 @@ def test_scripts_of_the_suite_lead_from_clips_to_videos(lab: Lab, folder: Path) 
     training = lay_out(lab, folder, shards=False)
     program = f"{sys.executable} -m fastvideo"
     variables = {"ALL": "--cpus-per-task=2", "TASKS": "2", "TRAIN": "--nodes=2"}
-    command = [CHECKOUT / "slurm/pipeline.sh", training.recipe, f"train.steps={LAST_STEP}"]
+    command: list[str | Path] = [
+        CHECKOUT / "slurm/pipeline.sh",
+        training.recipe,
+        f"train.steps={LAST_STEP}",
+    ]
     environment = {**variables, "FASTVIDEO": program, "OMP_NUM_THREADS": "1"}
     done = lab.run(command, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr

@@ -111,7 +111,8 @@ def test_without_a_plan_tasks_share_what_the_manifest_will_say(tmp_path: Path) -
 @pytest.mark.parametrize("key", ["dtype", "clip", "family", "vae_dtype", "text_dtype"])
 def test_a_plan_for_another_recipe_is_made_anew(tmp_path: Path, key: str) -> None:
     asked = recipe(tmp_path)
-    plan(asked, shards=2, **{key: "another"})
+    changed: dict[str, Any] = {key: "another"}
+    plan(asked, shards=2, **changed)
     assert list(made(tmp_path, "preprocess", asked)) == ["manifest", "preprocess"]
 
 
@@ -152,12 +153,8 @@ def test_every_shard_is_dealt_out_once() -> None:
     shards = [1, 2, 3, 7, 8, 20]
     values = dealt(shards, per_task=4, parallelism=None).values
     assert values == {1: "1-3,7", 8: "8,20"}
-    assert [
-        array.values for array in split(Array("--shards", {5: "a", 12: "b"}), max_array=10)
-    ] == [
-        {5: "a"},
-        {2: "b"},
-    ]
+    arrays = split(Array("--shards", {5: "a", 12: "b"}), max_array=10)
+    assert [array.values for array in arrays] == [{5: "a"}, {2: "b"}]
 
 
 # ---------------------------------------------------------------- the rest
