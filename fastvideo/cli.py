@@ -197,6 +197,7 @@ def _launch(arguments: argparse.Namespace) -> End:
     from fastvideo import jobs
 
     recipe = _load(arguments)
+    _chosen_shards(arguments)
     if arguments.verb in ("run", "train", "generate"):
         _check_ahead(recipe, arguments.verb)
     return jobs.launch(recipe, arguments)
@@ -216,18 +217,22 @@ def _check_ahead(recipe: "Recipe", verb: str) -> None:
 def _preprocess(recipe: "Recipe", arguments: argparse.Namespace) -> Any:
     from fastvideo.preprocess import preprocess
 
+    return preprocess(recipe, **_chosen_shards(arguments))
+
+
+def _chosen_shards(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What preprocess is to do of all, or an error."""
     given = {"--shards": arguments.shards, "--every": arguments.every}
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) > 1:
         raise UserError("--every chooses shards as --shards does; leave out one of them")
     if chosen and arguments.manifest_only:
         raise UserError(f"--manifest-only plans all shards; leave out {chosen[0]}")
-    return preprocess(
-        recipe,
-        shards=None if arguments.shards is None else parse_shards(arguments.shards),
-        every=None if arguments.every is None else parse_every(arguments.every),
-        manifest_only=arguments.manifest_only,
-    )
+    return {
+        "shards": None if arguments.shards is None else parse_shards(arguments.shards),
+        "every": None if arguments.every is None else parse_every(arguments.every),
+        "manifest_only": arguments.manifest_only,
+    }
 
 
 def _train(recipe: "Recipe", arguments: argparse.Namespace) -> Any:

@@ -25,6 +25,12 @@ from fastvideo.models.folder import read_config
 from fastvideo.state import RunDir
 
 VERBS: tuple[Verb, ...] = ("preprocess", "train", "export", "generate", "run")
+FLAGS: dict[Verb, tuple[str, ...]] = {
+    "preprocess": ("--manifest-only", "--shards", "--every"),
+    "train": ("--force",),
+    "run": ("--force",),
+}
+"""Options that a verb takes as a job."""
 
 
 def submit(
@@ -110,6 +116,11 @@ def _order(
     changes = list(overrides)
     if isinstance(recipe, Recipe) and changes:
         raise UserError(f"overrides {changes}: belong to a recipe that is given as a path")
+    known = FLAGS.get(verb, ())
+    options = [flag.partition("=")[0] for flag in flags if flag.startswith("-")]
+    if unknown := [option for option in options if option not in known]:
+        takes = ", ".join(known) or "none"
+        raise UserError(f"flags {unknown}: are not for {verb}; leave them out, it takes {takes}")
     what = recipe if isinstance(recipe, Recipe) else Recipe.load(Path(recipe), changes)
     where = cluster if isinstance(cluster, Cluster) else Cluster.load(Path(cluster))
     names = ["RECIPE" if isinstance(recipe, Recipe) else str(recipe)]
@@ -185,9 +196,10 @@ def _refuse_twice(asked: Asked) -> None:
         verbs = {asked.verb, status.record.verb}
         experts = asked.recipe.train.expert is not None and verbs == {"train"}
         if (len(verbs) == 1 or "run" in verbs) and not experts:
+            force = ", or submit with --force" if "--force" in FLAGS.get(asked.verb, ()) else ""
             raise UserError(
                 f"{status.folder.root}: {status.record.verb} of this run is under way; wait for "
-                "it (fastvideo status), or end it with fastvideo cancel, or submit with --force"
+                f"it (fastvideo status), or end it with fastvideo cancel{force}"
             )
 
 

@@ -4,6 +4,7 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,8 +56,6 @@ def stopped(training: Training, signal: str, restart: int) -> None:
     assert (word.code, word.requeue) == (EXIT_STOPPED, True)
     assert f"stopped by {signal} after step {training.step} of" in word.message
     assert training.saved == training.step == word.progress
-    other = training.word(restart, node=1)
-    assert (other.code, other.requeue, other.message) == (EXIT_STOPPED, False, word.message)
 
 
 def goes_on(training: Training, *, restart: int, beyond: int, before: str) -> None:
@@ -74,31 +73,39 @@ def test_no_disturbance_changes_what_is_trained(lab: Lab, folder: Path) -> None:
     training.wait_for_steps(4, beyond=0)
     for restart, (disturb, signal) in enumerate(GRACEFUL):
         disturb(training)
-        word = training.part.word(0, restart, 0)
-        training.wait(word.exists, f"the end after {disturb.__name__}")
+        said = training.part.word(0, restart, 0)
+        training.wait(said.exists, f"the end after {disturb.__name__}")
         before, last = training.metrics, training.step
         stopped(training, signal, restart)
         goes_on(training, restart=restart + 1, beyond=last, before=before)
+        first, second = (training.word(restart, node=node) for node in (0, 1))
+        assert (second.code, second.requeue) == (EXIT_STOPPED, False)
+        assert second.message == first.message
         # Slurm queues what its operator asks for itself.
         renamed = training.part.requeued(0, restart).exists()
         assert renamed == (disturb is not queue_again)
 
-    lose_power(training, restart=len(GRACEFUL))
+    last = -(-training.step // 10) * 10 + 20
+    other = Training(lab, folder, folder / "undisturbed", (f"train.steps={last}",))
+    lose_power(training, restart=len(GRACEFUL), meanwhile=other.submit)
     assert f"queued again {len(GRACEFUL) + 1} times" in training.call("status")
+    training.wait(lambda: training.saved >= last, f"checkpoint {last}", within_s=90)
     end_by_file(training, restart=len(GRACEFUL) + 1)
-    same_as_undisturbed(training)
+    same(training, other, step=last)
 
 
-def lose_power(training: Training, *, restart: int) -> None:
+def lose_power(training: Training, *, restart: int, meanwhile: Callable[[], None]) -> None:
     """A node dies: what was done since the last save is done again, with the same losses."""
     name = training.lab.run(["scontrol", "show", "hostnames", training.ask("%N")]).stdout.split()[1]
     saved = training.saved
     training.wait(lambda: saved < training.saved <= training.step - 3, "steps after a save")
     training.lab.kill_node(name)
+    meanwhile()
     training.wait(lambda: training.ask("%T") != "RUNNING", "the node's death to be seen")
     before, saved = training.metrics, training.saved
     last = training.step
     assert saved < last < saved + 10
+    training.lab.start_node(name)
     kept = before.splitlines()[:saved]
     goes_on(training, restart=restart + 1, beyond=last, before="\n".join(kept))
     again = training.records(until=last)
@@ -118,15 +125,12 @@ def end_by_file(training: Training, *, restart: int) -> None:
     assert "stopped by the STOP file" in training.call("status")
 
 
-def same_as_undisturbed(training: Training) -> None:
-    last = training.step
-    steps = (f"train.steps={last}",)
-    other = Training(training.lab, training.root, training.root / "undisturbed", steps)
-    other.submit()
-    other.wait(lambda: other.ask("%T") == "COMPLETED", "its end", within_s=120)
-    assert [record["step"] for record in training.records(until=last)] == [*range(1, last + 1)]
-    assert training.records(until=last) == other.records(until=last)
-    found, wanted = training.numbers(last), other.numbers(last)
+def same(training: Training, other: Training, *, step: int) -> None:
+    other.wait(lambda: other.ask("%T") == "COMPLETED", "its end", within_s=90)
+    records = training.records(until=step)
+    assert [record["step"] for record in records] == [*range(1, step + 1)]
+    assert records == other.records(until=step)
+    found, wanted = training.numbers(step), other.numbers(step)
     assert found.keys() == wanted.keys()
     assert all(equal(found[name], value) for name, value in wanted.items())
 
@@ -157,13 +161,18 @@ def test_scripts_of_the_suite_lead_from_clips_to_videos(lab: Lab, folder: Path) 
     training = lay_out(lab, folder, shards=False)
     program = f"{sys.executable} -m fastvideo"
     variables = {"ALL": "--cpus-per-task=2", "TASKS": "2", "TRAIN": "--nodes=2"}
+<<<<<<< HEAD
     command: list[str | Path] = [
         CHECKOUT / "slurm/pipeline.sh",
         training.recipe,
         f"train.steps={LAST_STEP}",
     ]
+=======
+    script = CHECKOUT / "slurm/pipeline.sh"
+>>>>>>> training
     environment = {**variables, "FASTVIDEO": program, "OMP_NUM_THREADS": "1"}
-    done = lab.run(command, cwd=folder, env=environment)
+    words = [str(training.recipe), f"train.steps={LAST_STEP}"]
+    done = lab.run([script, *words], cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     last = replace(training, job=done.stdout.split()[4].rstrip(":"))
     training.job = lab.operator(["squeue", "-h", "-n", "train", "-o", "%i"]).strip()

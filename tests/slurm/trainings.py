@@ -31,7 +31,7 @@ KEYS: dict[str, Any] = {
     "deterministic": True,
     "steps": 100_000,
     "global_batch_size": 8,
-    "checkpoint": {"every_steps": 10},
+    "checkpoint": {"every_steps": 10, "keep_every": 10},
     "heldout": {"every_steps": None},
 }
 CLUSTER = {
@@ -42,6 +42,7 @@ CLUSTER = {
     "threads": 1,
     "time_minutes": 30,
     "signal_seconds": 50,
+    "options": {"exclusive": None},
     "environment": {"MKL_CBWR": "AUTO,STRICT"},
 }
 
@@ -115,12 +116,12 @@ class Training:
         return word
 
     def wait(self, is_so: Callable[[], bool], what: str, *, within_s: float = 60) -> None:
-        """Wait until something is so; a job that ends before fails the test with its logs."""
+        """Wait until something is so; in vain it fails the test with the job's logs."""
         deadline_s = time.monotonic() + within_s
         while not is_so():
             if time.monotonic() > deadline_s:
                 raise AssertionError(f"waited {within_s:g} s for {what}\n{self.logs()}")
-            time.sleep(0.1)
+            time.sleep(0.25)
 
     def wait_for_steps(self, more: int, *, beyond: int) -> None:
         self.wait(lambda: self.step >= beyond + more, f"step {beyond + more}", within_s=90)

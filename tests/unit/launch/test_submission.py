@@ -198,6 +198,41 @@ def test_the_same_is_not_submitted_twice_unless_forced(site: Site, submitter: st
     assert len(site.jobs()) == 3
 
 
+def test_a_verb_that_knows_no_force_is_not_told_to_use_it(site: Site) -> None:
+    cluster = site.cluster()
+    submit("preprocess", "recipe.yaml", cluster)
+    site.tools.queue("101|RUNNING|0|0|n1|0:05|None")
+    done = site.cli("preprocess", "--cluster", cluster)
+    assert done.code == 2 and "end it with fastvideo cancel\n" in done.err, done.err
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        ("preprocess", ["--force"]),
+        ("run", ["--shards", "0"]),
+        ("export", ["--ema"]),
+        ("train", ["--every=0/2"]),
+    ],
+)
+def test_options_of_other_verbs_are_refused(site: Site, verb: Verb, flags: list[str]) -> None:
+    option = flags[0].partition("=")[0]
+    with pytest.raises(UserError, match=rf"flags \['{option}'\]: are not for {verb}"):
+        submit(verb, "recipe.yaml", site.cluster(), flags=flags)
+    assert not site.jobs()
+
+
+@pytest.mark.parametrize(
+    "options", [["--shards", "5-3"], ["--every", "2/2"], ["--shards", "1", "--manifest-only"]]
+)
+def test_a_wrong_choice_of_shards_is_refused_before_it_waits(
+    site: Site, options: list[str]
+) -> None:
+    done = site.cli("preprocess", "--cluster", site.cluster(), *options)
+    assert done.code == 2 and options[0] in done.err, done.err
+    assert not site.jobs()
+
+
 @pytest.mark.parametrize(
     ("keys", "overrides", "says"),
     [
