@@ -161,15 +161,7 @@ def test_scripts_of_the_suite_lead_from_clips_to_videos(lab: Lab, folder: Path) 
     training = lay_out(lab, folder, shards=False)
     program = f"{sys.executable} -m fastvideo"
     variables = {"ALL": "--cpus-per-task=2", "TASKS": "2", "TRAIN": "--nodes=2"}
-<<<<<<< HEAD
-    command: list[str | Path] = [
-        CHECKOUT / "slurm/pipeline.sh",
-        training.recipe,
-        f"train.steps={LAST_STEP}",
-    ]
-=======
     script = CHECKOUT / "slurm/pipeline.sh"
->>>>>>> training
     environment = {**variables, "FASTVIDEO": program, "OMP_NUM_THREADS": "1"}
     words = [str(training.recipe), f"train.steps={LAST_STEP}"]
     done = lab.run([script, *words], cwd=folder, env=environment)
