@@ -102,7 +102,8 @@ def watch(recipe: Recipe, *, as_json: bool = False) -> None:
         last = value
         if all(job.is_final for job in jobs):
             return
-        time.sleep(pause_s)
+        watcher.refuse_blindness()
+        time.sleep(min(pause_s, watcher.longest_pause_s))
 
 
 def _clips(rows: Iterable[LedgerRow]) -> dict[str, Any]:

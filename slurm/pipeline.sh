@@ -13,7 +13,7 @@ read -ra train <<<"${TRAIN:-}"
 submit() { # after which job, the options of sbatch and the script
   local after=$1
   shift
-  sbatch --parsable "${all[@]}" ${after:+--dependency="afterok:$after" --kill-on-invalid-dep=yes} "$@"
+  sbatch --parsable ${after:+--dependency="afterok:$after" --kill-on-invalid-dep=yes} "${all[@]}" "$@"
 }
 
 job=$(submit '' "$here/preprocess.sbatch" "$@" --manifest-only)

@@ -19,6 +19,7 @@ KNOWN: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], int]] = {
         (
             "--kill-on-bad-exit",
             "--wait",
+            "--export",
             "--cpus-per-task",
             "--container-image",
             "--container-mounts",

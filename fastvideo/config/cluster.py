@@ -13,7 +13,7 @@ from fastvideo.config.spec import Spec
 OURS = """
 array chdir cpus-per-task dependency error gpus-per-node gres job-name
 kill-on-invalid-dep mem nodes ntasks ntasks-per-node open-mode output partition
-account qos requeue no-requeue signal time parsable wrap test-only
+account qos requeue no-requeue signal time parsable wrap test-only clusters wait export export-file
 """
 """Options of sbatch that follow from other keys, or that a job needs as they are."""
 
@@ -51,7 +51,8 @@ def _option(name: str) -> str:
         raise ValueError(
             f"{name!r} is no long option of sbatch; write e.g. constraint or mail-type"
         )
-    if name in OURS.split():
+    # sbatch takes beginnings of names as well.
+    if any(ours.startswith(name) for ours in OURS.split()):
         raise ValueError(f"{name!r} follows from other keys of the cluster; remove it")
     return name
 
@@ -129,6 +130,8 @@ class Cluster(Spec):
     """Nodes of a training job; all other jobs take one."""
     gpus_per_node: int = Field(default=0, ge=0)
     """GPUs of each node; 0 for CPU only."""
+    gpu_type: Line | None = None
+    """Which GPUs Slurm is asked for, where it tells them apart: `a100` asks for `a100:8`."""
     gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     """How Slurm is asked for GPUs: `--gpus-per-node=8` or `--gres=gpu:8`."""
     device: Annotated[str, AfterValidator(_known)] | None = None
@@ -189,7 +192,7 @@ class Cluster(Spec):
     def _slurm_keys_need_slurm(self) -> Self:
         if self.executor == "slurm":
             return self
-        for key in ("partition", "account", "qos", "time_minutes", "interface"):
+        for key in ("partition", "account", "qos", "time_minutes", "interface", "gpu_type"):
             self._refuse_locally(key, getattr(self, key))
         self._refuse_locally("options", self.options or None)
         self._refuse_locally("nodes", self.nodes if self.nodes > 1 else None)

@@ -7,6 +7,7 @@ these know why it failed, and that it is done even where nobody remembers the jo
 
 import collections
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,8 @@ WORST = (
     State.CANCELLED,
 )
 """Ends of tasks, from that which says most about why a part failed."""
+NEW_S = 30.0
+"""For so long after a submission a job that nobody knows may still come."""
 LOOKED_AT = 50
 """The newest jobs of a run are looked at; older ones are over."""
 SUBMITTING_S = 300.0
@@ -138,7 +141,8 @@ class Job:
             UserError: There is no job.
         """
         self.folder = folder if isinstance(folder, JobFolder) else JobFolder(folder)
-        self._watcher = watcher or Watcher(since_s=self.record.created)
+        self._watcher = watcher or Watcher()
+        assert self.record  # says now if there is none
 
     @property
     def record(self) -> Record:
@@ -153,26 +157,36 @@ class Job:
         return next(iter(statuses([self.folder], watcher=self._watcher)))
 
     def follow(self) -> Iterator[JobStatus]:
-        """How far it is, again and again with growing pauses, until nothing more is to come."""
+        """How far it is, again and again with growing pauses, until nothing more is to come.
+
+        Raises:
+            UserError: None of Slurm's tools is here, so that nobody will ever know.
+        """
         for pause_s in intervals():
             status = self.status()
             yield status
             if status.is_final:
                 return
-            time.sleep(pause_s)
+            self._watcher.refuse_blindness()
+            time.sleep(min(pause_s, self._watcher.longest_pause_s))
 
     def wait(self, *, timeout_s: float | None = None) -> JobStatus:
         """Wait until it is over, however it ends.
 
         Raises:
             TimeoutError: It is not, after ``timeout_s``.
+            UserError: None of Slurm's tools is here, so that nobody will ever know.
         """
-        begin_s = time.monotonic()
-        for status in self.follow():
+        deadline_s = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
+        for pause_s in intervals():
+            status = self.status()
             if status.is_final:
                 return status
-            if timeout_s is not None and time.monotonic() - begin_s > timeout_s:
+            self._watcher.refuse_blindness()
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
                 raise TimeoutError(f"{self.folder.name}: is {status.state} after {timeout_s:g} s")
+            time.sleep(min(pause_s, left_s, self._watcher.longest_pause_s))
         raise AssertionError("pauses never end")
 
     def logs(self) -> dict[str, dict[int, str]]:
@@ -192,12 +206,21 @@ class Job:
         return self.folder.part(part.name).log(None if part.tasks is None else task)
 
     def cancel(self) -> None:
-        """End it; what is complete stays. Of a local job this waits until it has ended."""
+        """End it; what is complete stays. Of a local job this waits until it has ended.
+
+        Raises:
+            Failed: Slurm does not answer, or a local job cannot be reached.
+        """
         record = self.record
         if record.executor == "slurm":
             slurm.cancel([part.slurm_id for part in record.parts if part.slurm_id])
-        else:
-            local.cancel(self.folder)
+            return
+        left = [name for name, tasks in local.cancel(self.folder).items() if _is_left(tasks)]
+        if left:
+            raise Failed(
+                f"{self.folder.name}: {', '.join(left)} did not end; it was started on "
+                f"{record.host}, cancel it there"
+            )
 
     def result(self, *, timeout_s: float | None = None) -> dict[str, Any]:
         """Wait, and return what the verbs returned.
@@ -218,6 +241,10 @@ class Job:
             results = {task: word.result for task, word in words.items()}
             found[part.name] = results.get(0) if part.tasks is None else results
         return found
+
+
+def _is_left(tasks: Mapping[int, local.LocalTask]) -> bool:
+    return not all(task.is_final for task in tasks.values())
 
 
 def reasons(status: JobStatus) -> list[str]:
@@ -268,22 +295,25 @@ def recent(run_dir: Path, *, watcher: Watcher | None = None) -> list[JobStatus]:
 
 
 def under_way(run_dir: Path) -> Iterator[JobStatus]:
-    """Jobs of a run of which something waits or runs; not those that nobody knows anything of."""
+    """Jobs of a run that are not over, as far as anybody knows."""
     for status in statuses(itertools.islice(job_folders(run_dir), LOOKED_AT)):
-        states = {task.state for part in status.parts.values() for task in part.tasks.values()}
-        if any(not state.ends and state != State.UNKNOWN for state in states):
+        if not status.is_final:
             yield status
 
 
 def _ask(records: Sequence[Record], watcher: Watcher | None) -> States:
     """What Slurm says of all parts."""
-    parts = [part for record in records for part in record.parts]
-    tasks = {part.slurm_id: part.tasks for part in parts if part.slurm_id and part.tasks}
-    ids = [part.slurm_id for part in parts if part.slurm_id]
-    if not ids:
+    parts = [(part, record) for record in records for part in record.parts if part.slurm_id]
+    if not parts:
         return {}
-    since_s = min(record.created for record in records)
-    return (watcher or Watcher(since_s=since_s)).look(ids, tasks=tasks)
+    newest_s = max(record.created for record in records)
+    # The queue knows a job as soon as it is submitted: one that is missing later will not come.
+    patience_s = 0.0 if time.time() - newest_s > NEW_S else NEW_S
+    return (watcher or Watcher(patience_s=patience_s)).look(
+        [str(part.slurm_id) for part, _ in parts],
+        tasks={str(part.slurm_id): part.tasks for part, _ in parts if part.tasks},
+        since={str(part.slurm_id): record.created for part, record in parts},
+    )
 
 
 def _status(folder: JobFolder, record: Record, told: States) -> JobStatus:
@@ -349,11 +379,18 @@ def _of_local(task: local.LocalTask) -> TaskState:
 
 
 def _with_word(state: TaskState, word: Word | None) -> TaskState:
-    """What is known of a task whose job nobody remembers: its own last word."""
-    if state.state not in (State.LOST, State.UNKNOWN) or word is None or word.requeue:
+    """What is known of a task that nobody remembers: its own last word.
+
+    While the queue cannot be asked, only that it is done: a start that failed may have been
+    followed by another one.
+    """
+    if word is None or word.requeue or word.restart < state.restarts:
         return state
-    ended = State.COMPLETED if word.code == EXIT_DONE else State.FAILED
-    return replace(state, state=ended, exit_code=word.code, source="word")
+    if word.code == EXIT_DONE and state.state in (State.LOST, State.UNKNOWN):
+        return replace(state, state=State.COMPLETED, exit_code=word.code, source="word")
+    if state.state == State.LOST:
+        return replace(state, state=State.FAILED, exit_code=word.code, source="word")
+    return state
 
 
 # ---------------------------------------------------------------- what is over

@@ -295,7 +295,7 @@ def _spawn(folder: JobFolder) -> int:
     held = {*STOPS, signal.SIGCHLD}
     return os.posix_spawn(
         sys.executable,
-        [sys.executable, "-m", "fastvideo.launch.controller", str(folder.root)],
+        [sys.executable, "-P", "-m", "fastvideo.launch.controller", str(folder.root)],
         os.environ,
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

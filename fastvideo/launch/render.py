@@ -15,8 +15,9 @@ from fastvideo.errors import UserError
 from fastvideo.launch.container import Entered, enter
 from fastvideo.launch.job import Array, JobSpec, ranges
 
-SRUN = ("--kill-on-bad-exit=1", "--wait=60")
-"""One node's failure ends the others', at once; so does its end, a minute later."""
+SRUN = ("--kill-on-bad-exit=1", "--wait=60", "--export=ALL")
+"""One node's failure ends the others', at once; so does its end, a minute later. Where a site or a
+user says ``--export=NONE`` the variables of the script still reach the step."""
 SHIELD = """bash -c "trap '' TERM USR2; exec \\"\\$@\\"" -"""
 """No request to stop ends a process before it listens to them; Slurm ends it in its own time."""
 OF_STEP = (
@@ -28,7 +29,8 @@ OF_STEP = (
     "FASTVIDEO_RENDEZVOUS",
     "FASTVIDEO_LAUNCH_ID",
 )
-FROM_SLURM = ("SLURM_PROCID", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES")
+FROM_SLURM = ("SLURM_PROCID", "SLURM_JOB_ID")
+FROM_OUTSIDE = ("CUDA_VISIBLE_DEVICES", "HOME", "USER", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE")
 """What a process needs to see in a container beside what the cluster and the body set."""
 FIRST_PORT, PORTS = 20_000, 12_000
 """Below those that Linux gives to outgoing connections, from 32768."""
@@ -72,9 +74,11 @@ def render(spec: JobSpec, *, after: Sequence[str] = ()) -> Rendered:
 
 def environment(spec: JobSpec) -> dict[str, str]:
     """What the cluster sets for the processes of a part; ``%u`` and ``%j`` are still in it."""
-    cluster, found = spec.cluster, {}
+    cluster = spec.cluster
+    found: dict[str, str] = {}
     if cluster.container.kind != "none":
-        found["PYTHONNOUSERSITE"] = "1"
+        # Packages of the host and of the home are none of the image's.
+        found |= {"PYTHONNOUSERSITE": "1", "PYTHONPATH": "", "PYTHONHOME": ""}
     if cluster.threads:
         found["OMP_NUM_THREADS"] = str(cluster.threads)
     if cluster.interface:
@@ -86,9 +90,11 @@ def caches(cluster: Cluster) -> dict[str, str]:
     """Where compilers keep what they made; ``%u`` stands for the user, ``%j`` for the job."""
     if not cluster.cache_dir:
         return {}
+    folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     return {
-        "TORCHINDUCTOR_CACHE_DIR": f"{cluster.cache_dir}/inductor",
-        "TRITON_CACHE_DIR": f"{cluster.cache_dir}/triton",
+        name: f"{cluster.cache_dir}/{folder}"
+        for name, folder in folders.items()
+        if name not in cluster.environment
     }
 
 
@@ -96,12 +102,13 @@ def entered(spec: JobSpec, *, slurm: bool) -> Entered:
     """How the container is entered, if there is one."""
     cluster = spec.cluster
     names = [*OF_STEP, *environment(spec), *caches(cluster), *(FROM_SLURM if slurm else ())]
+    names += [name for name in FROM_OUTSIDE if name not in names]
     shared = [*spec.binds, *_cache_folders(cluster)]
     return enter(
         cluster.container,
         folders=[folder for folder in shared if not _is_mounted(folder, cluster, shared)],
         work_dir=spec.work_dir,
-        variables=dict.fromkeys([*names, *(() if slurm else ("CUDA_VISIBLE_DEVICES",))]),
+        variables=names,
         gpus=spec.resources.gpus_per_node or 0,
     )
 
@@ -138,7 +145,7 @@ def _options(spec: JobSpec, after: Sequence[str]) -> Options:
         "requeue": None,
     }
     if needs.gpus_per_node:
-        number = str(needs.gpus_per_node)
+        number = ":".join(filter(None, [cluster.gpu_type, str(needs.gpus_per_node)]))
         gres = cluster.gpu_option == "gres"
         found["gres" if gres else "gpus-per-node"] = f"gpu:{number}" if gres else number
     asked = {
@@ -178,8 +185,9 @@ def array_ids(array: Array) -> str:
 
 def _body(spec: JobSpec) -> list[str]:
     return [
-        *([f"source {shlex.quote(str(spec.cluster.setup))}"] if spec.cluster.setup else []),
+        *_setup(spec.cluster),
         "set -uo pipefail",
+        'unset "${!SQUEUE_@}"  # filters of the user, which could hide the job from itself',
         "trap : TERM USR2  # meant for the processes of the step, which get them too",
         *_exports(spec),
         *_values(spec.array),
@@ -188,6 +196,10 @@ def _body(spec: JobSpec) -> list[str]:
         *_requeue(spec),
         'exit "$status"',
     ]
+
+
+def _setup(cluster: Cluster) -> list[str]:
+    return [f"source {shlex.quote(str(cluster.setup))} || exit"] if cluster.setup else []
 
 
 def _exports(spec: JobSpec) -> list[str]:

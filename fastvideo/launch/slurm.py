@@ -12,13 +12,16 @@ from fastvideo.errors import Failed, UserError
 from fastvideo.launch import batch
 from fastvideo.launch.folder import JobFolder
 from fastvideo.launch.job import JobSpec
-from fastvideo.launch.render import Rendered, render
+from fastvideo.launch.render import Options, Rendered, render
 from fastvideo.launch.stages import USUAL_MAX_ARRAY
 
 TIMEOUT_S = 60.0
 """How long Slurm's commands may take; a busy controller takes seconds."""
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 """Variables of Slurm that say where it is, rather than which job this is."""
+OURS = ("SLURM_", "SBATCH_", "FASTVIDEO_")
+USUAL = ("account", "partition", "qos", "reservation", "constraint", "timelimit")
+"""Options that users set once and for all, as ``SBATCH_ACCOUNT``."""
 
 # submitit fills them in wherever they stand.
 _MARKS_OF_SUBMITIT = re.compile("%[jtAa]")
@@ -27,7 +30,7 @@ _MARKS_OF_SUBMITIT = re.compile("%[jtAa]")
 def max_array_size() -> int:
     """``MaxArraySize`` of this cluster."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call(["scontrol", "show", "config"]), re.M)
-    return int(found[1]) if found else USUAL_MAX_ARRAY
+    return max(1, int(found[1])) if found else USUAL_MAX_ARRAY
 
 
 def submit(
@@ -57,8 +60,8 @@ def submit(
             script.write_text(rendered.script, encoding="utf-8")
             spec.folder.mkdir(parents=True, exist_ok=True)
             ids[spec.name] = hand_over(spec, rendered, script)
-        except BaseException:
-            cancel(list(ids.values()))  # says why if it cannot, after what went wrong before
+        except BaseException as error:  # goes on
+            _take_back(list(ids.values()), error)
             raise
         submitted(spec.name, ids[spec.name])
 
@@ -67,6 +70,15 @@ def cancel(ids: Sequence[str]) -> None:
     """Cancel jobs, with all tasks of arrays; those that are over stay as they are."""
     if ids:
         _call(["scancel", *ids])
+
+
+def _take_back(ids: Sequence[str], error: BaseException) -> None:
+    """Cancel what was submitted before ``error``, which is told if that fails."""
+    try:
+        cancel(ids)
+    except (UserError, Failed) as failure:
+        left = f"jobs {', '.join(ids)} were submitted and are still there: {failure}"
+        error.args = (f"{error}; {left}",)
 
 
 def dry_run(folder: JobFolder, specs: Sequence[JobSpec]) -> str:
@@ -79,11 +91,15 @@ def dry_run(folder: JobFolder, specs: Sequence[JobSpec]) -> str:
 
 
 def _through_sbatch(spec: JobSpec, rendered: Rendered, script: Path) -> str:
-    said = _call(["sbatch", "--parsable", str(script)], part=spec.name)
+    command = ["sbatch", "--parsable", str(script)]
+    said = _call(command, part=spec.name, options=rendered.options)
     # Of several clusters it names the one; sites wrap sbatch in scripts that say more.
-    found = re.findall(r"^(\d+)(?:;\S*)?$", said, re.M)
+    found = re.findall(r"^(?:.*Submitted batch job )?(\d+)(?:;\S*)?\s*$", said, re.M)
     if not found:
-        raise Failed(f"{spec.name}: sbatch said {said.strip()!r}, which names no job; see squeue")
+        raise Failed(
+            f"{spec.name}: sbatch said {said.strip()!r}, which names no job; look for "
+            f"{spec.label!r} in squeue and cancel it before you submit again"
+        )
     return str(found[-1])
 
 
@@ -106,7 +122,7 @@ def _through_submitit(spec: JobSpec, rendered: Rendered, script: Path) -> str:
     executor.update_parameters(
         time=None, wckey=None, use_srun=False, stderr_to_stdout=True, additional_parameters=options
     )
-    before = _set_environment(_clean(os.environ))
+    before = _set_environment(_clean(os.environ, rendered.options))
     try:
         job = executor.submit(batch.run, str(script), str(spec.folder))
     except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
@@ -116,25 +132,35 @@ def _through_submitit(spec: JobSpec, rendered: Rendered, script: Path) -> str:
     for number in spec.array.values if spec.array else ():
         # Tasks of an array look for a file each; here all of them run the same.
         task = JobPaths(executor.folder, job_id=f"{job.job_id}_{number}").submitted_pickle
-        os.link(job.paths.submitted_pickle, task)
+        try:
+            os.link(job.paths.submitted_pickle, task)
+        except OSError:  # some file systems have no hard links
+            shutil.copy(job.paths.submitted_pickle, task)
     return str(job.job_id)
 
 
-def _call(command: Sequence[str], *, part: str = "") -> str:
+def _call(command: Sequence[str], *, part: str = "", options: Options | None = None) -> str:
     """Run one of Slurm's commands and return what it prints."""
     _find(command[0])
     try:
         done = subprocess.run(
-            command, env=_clean(os.environ), capture_output=True, text=True, timeout=TIMEOUT_S
+            command,
+            env=_clean(os.environ, options or {}),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
         raise Failed(
-            f"{command[0]} has not answered for {TIMEOUT_S:g} s; look with squeue whether it did "
-            "its work, and try again"
+            f"{' '.join(command[:3])}: no answer for {TIMEOUT_S:g} s; look with squeue whether it "
+            "did its work, and try again"
         ) from None
-    if done.returncode != 0:
-        raise _refused(part or " ".join(command[:3]), done.stderr)
-    return done.stdout
+    if done.returncode == 0:
+        return done.stdout
+    if part:
+        raise _refused(part, done.stderr)
+    raise Failed(f"{' '.join(command[:3])}: {_last_lines(done.stderr)}")
 
 
 def _find(command: str) -> None:
@@ -145,20 +171,29 @@ def _find(command: str) -> None:
         )
 
 
-def _refused(what: str, reason: str) -> UserError:
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+def _refused(part: str, reason: str) -> UserError:
     return UserError(
-        f"{what}: Slurm refuses it: {'; '.join(lines[-3:])}; see the keys of the cluster file and "
+        f"{part}: Slurm refuses it: {_last_lines(reason)}; see the keys of the cluster file and "
         "`sinfo`. Nothing is submitted: parts that were are cancelled"
     )
 
 
-def _clean(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what belongs to the job that we may run in ourselves."""
+def _last_lines(text: str) -> str:
+    return "; ".join([line.strip() for line in text.splitlines() if line.strip()][-3:])
+
+
+def _clean(environment: Mapping[str, str], options: Options) -> dict[str, str]:
+    """Without what belongs to the job that we may run in ourselves, or would override options.
+
+    sbatch believes ``SBATCH_…`` more than the script. A user's own account and the like stay where
+    the cluster file leaves them open.
+    """
+    given = {"timelimit" if name == "time" else name for name in options}
+    usual = {f"SBATCH_{name.upper().replace('-', '_')}" for name in USUAL if name not in given}
     return {
         name: value
         for name, value in environment.items()
-        if name in KEPT or not name.startswith(("SLURM_", "FASTVIDEO_"))
+        if name in KEPT or name in usual or not name.startswith(OURS)
     }
 
 

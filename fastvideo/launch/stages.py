@@ -79,11 +79,15 @@ def dealt(shards: Sequence[int], *, per_task: int, parallelism: int | None) -> A
 
 
 def split(array: Array, *, max_array: int) -> list[Array]:
-    """Arrays whose tasks have numbers that Slurm takes, below ``max_array``."""
+    """Arrays whose tasks have numbers that Slurm takes, below ``max_array``.
+
+    They run beside each other and share ``parallelism``.
+    """
     found: dict[int, dict[int, str]] = {}
     for number, value in array.values.items():
         found.setdefault(number // max_array, {})[number % max_array] = value
-    return [replace(array, values=values) for _, values in sorted(found.items())]
+    share = array.parallelism and max(1, array.parallelism // len(found))
+    return [replace(array, values=v, parallelism=share) for _, v in sorted(found.items())]
 
 
 @dataclass(frozen=True)
@@ -129,13 +133,13 @@ class _Making:
             return [self.manifest()]
         if flags:
             return [self.part("preprocess", "preprocess", *flags)]
-        plan = ShardStore(recipe.shards.path).read_plan()
-        if plan is None or not fits(plan, recipe):
+        store = ShardStore(recipe.shards.path)
+        plan = store.read_plan()
+        fitting = plan if fits(plan, recipe) else None
+        missing = state.missing_shards(store, fitting) if fitting else []
+        if not missing:  # or nothing but new clips, prompts and failures to look at
             manifest = self.manifest()
             return [manifest, *self.filling(after=[manifest])]
-        missing = state.missing_shards(ShardStore(recipe.shards.path), plan)
-        if not missing:  # it has a look at new clips, prompts and failures
-            return [self.part("preprocess", "preprocess")]
         own = self.asked.cluster.preprocess
         array = dealt(missing, per_task=own.shards_per_task, parallelism=own.parallelism)
         arrays = split(array, max_array=self.ground.max_array)

@@ -3,12 +3,14 @@
 
 import os
 import secrets
+import shutil
 import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fastvideo import atomic
 from fastvideo.config.cluster import Cluster
@@ -31,6 +33,8 @@ FLAGS: dict[Verb, tuple[str, ...]] = {
     "run": ("--force",),
 }
 """Options that a verb takes as a job."""
+IMAGES = (".sif", ".sqsh", ".squashfs")
+"""Ends of the names of images that are files."""
 
 
 def submit(
@@ -61,13 +65,20 @@ def submit(
     """
     order = _order(verb, recipe, cluster, overrides=overrides, flags=flags)
     asked = order.asked
-    if "--force" not in flags:
-        _refuse_twice(asked)
-    folder = _new_folder(asked)
-    specs = parts(asked, _ground(asked, folder))
+    jobs = _absolute(RunDir(asked.recipe.run_dir).jobs)
+    busy = f"{jobs}: another submission of this run is being made; try again when it is done"
+    with atomic.alone(jobs.with_suffix(".lock"), busy=busy):
+        if "--force" not in flags:
+            _refuse_twice(asked)
+        folder = JobFolder(jobs / _name(verb))
+        specs = parts(asked, _ground(asked, folder))
+        jobs.mkdir(exist_ok=True)
+        folder.root.mkdir(mode=0o700)  # it holds the environment and what was said
+        record = _record(asked, specs, again=again or order.again)
+        record.write(folder)
     atomic.write_bytes(folder.recipe, asked.recipe.dump().encode(), point="job.recipe")
-    record = _record(asked, specs, again=again or order.again)
-    record.write(folder)
+    for path in _written(asked.recipe) if asked.cluster.container.kind != "none" else ():
+        path.mkdir(parents=True, exist_ok=True)  # runtimes mount what is there
     try:
         _hand_over(folder, specs, record)
     except BaseException as error:  # goes on
@@ -88,7 +99,8 @@ def dry_run(
     """What ``submit`` would hand over, as text; nothing is written."""
     order = _order(verb, recipe, cluster, overrides=overrides, flags=flags)
     folder = JobFolder(_absolute(RunDir(order.asked.recipe.run_dir).jobs) / _name(verb))
-    specs = parts(order.asked, _ground(order.asked, folder))
+    has_slurm = shutil.which("scontrol") is not None
+    specs = parts(order.asked, _ground(order.asked, folder, ask=has_slurm))
     if order.asked.cluster.executor == "slurm":
         return slurm.dry_run(folder, specs)
     return local_render.dry_run(specs)
@@ -122,11 +134,32 @@ def _order(
         takes = ", ".join(known) or "none"
         raise UserError(f"flags {unknown}: are not for {verb}; leave them out, it takes {takes}")
     what = recipe if isinstance(recipe, Recipe) else Recipe.load(Path(recipe), changes)
-    where = cluster if isinstance(cluster, Cluster) else Cluster.load(Path(cluster))
+    where = _settled(cluster if isinstance(cluster, Cluster) else Cluster.load(Path(cluster)))
     names = ["RECIPE" if isinstance(recipe, Recipe) else str(recipe)]
     names += [*changes, "--cluster", "CLUSTER" if isinstance(cluster, Cluster) else str(cluster)]
     _check(verb, what, where)
     return _Order(Asked(verb, what, where, tuple(flags)), ("fastvideo", verb, *names, *flags))
+
+
+def _settled(cluster: Cluster) -> Cluster:
+    """With absolute paths: jobs start elsewhere, and other names may be those of a registry."""
+    changes: dict[str, Any] = {}
+    if cluster.setup is not None:
+        changes["setup"] = _absolute(cluster.setup)
+        if cluster.executor == "slurm" and not changes["setup"].is_file():
+            raise UserError(f"setup={cluster.setup}: there is no such file; correct the path")
+    image = cluster.container.image
+    if image is not None and _is_file(image):
+        changes["container"] = cluster.container.model_copy(
+            update={"image": str(_absolute(Path(image)))}
+        )
+    return cluster.model_copy(update=changes)
+
+
+def _is_file(image: str) -> bool:
+    """Whether an image is a file rather than a name in a registry."""
+    path = Path(image).expanduser()
+    return image.startswith(("/", "./", "../", "~")) or path.suffix in IMAGES or path.exists()
 
 
 # ---------------------------------------------------------------- checks
@@ -161,8 +194,16 @@ def _check_folders(recipe: Recipe, cluster: Cluster) -> None:
         return
     if not work_dir.is_absolute():
         raise UserError(f"work_dir={work_dir}: is not absolute; jobs start on other machines")
-    paths = {"run_dir": recipe.run_dir, "shards.path": recipe.shards.path}
-    relative = [key for key, path in paths.items() if not path.expanduser().is_absolute()]
+    model, source = Path(recipe.model.path), Path(recipe.source.path)
+    paths = {
+        "run_dir": recipe.run_dir,
+        "shards.path": recipe.shards.path,
+        "model.path": model if model.is_dir() else None,
+        "source.path": source if source.is_dir() else None,
+        "validation.prompts": recipe.validation.prompts,
+        "generate.prompts": recipe.generate.prompts,
+    }
+    relative = [k for k, path in paths.items() if path and not path.expanduser().is_absolute()]
     if relative and work_dir.resolve() != Path.cwd():
         raise UserError(
             f"work_dir={work_dir}: {' and '.join(relative)} of the recipe are relative to where "
@@ -206,15 +247,6 @@ def _refuse_twice(asked: Asked) -> None:
 # ---------------------------------------------------------------- writing
 
 
-def _new_folder(asked: Asked) -> JobFolder:
-    """A folder that only its user can look into: it holds the environment and what was said."""
-    jobs = _absolute(RunDir(asked.recipe.run_dir).jobs)
-    jobs.mkdir(parents=True, exist_ok=True)
-    folder = JobFolder(jobs / _name(asked.verb))
-    folder.root.mkdir(mode=0o700)
-    return folder
-
-
 def _name(verb: str) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{verb}-{secrets.token_hex(2)}"
 
@@ -224,7 +256,8 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path.expanduser()))
 
 
-def _ground(asked: Asked, folder: JobFolder) -> Ground:
+def _ground(asked: Asked, folder: JobFolder, *, ask: bool = True) -> Ground:
+    """What all parts share; Slurm is asked what it takes if it may be."""
     cluster = asked.cluster
     contained = cluster.container.kind != "none"
     work_dir = cluster.work_dir or Path.cwd()
@@ -232,25 +265,38 @@ def _ground(asked: Asked, folder: JobFolder) -> Ground:
         folder=folder,
         recipe_file=folder.recipe,
         work_dir=work_dir,
-        program=("fastvideo",) if contained else (sys.executable, "-m", "fastvideo"),
+        program=("fastvideo",) if contained else (sys.executable, "-P", "-m", "fastvideo"),
         binds=_binds(asked.recipe, work_dir) if contained else (),
-        max_array=slurm.max_array_size() if cluster.executor == "slurm" else USUAL_MAX_ARRAY,
+        max_array=_max_array(cluster, ask=ask),
     )
 
 
+def _max_array(cluster: Cluster, *, ask: bool) -> int:
+    if cluster.executor == "local":
+        return sys.maxsize
+    return slurm.max_array_size() if ask else USUAL_MAX_ARRAY
+
+
+def _written(recipe: Recipe) -> list[Path]:
+    """Folders that verbs make."""
+    return [_absolute(recipe.run_dir), _absolute(recipe.shards.path)]
+
+
 def _binds(recipe: Recipe, work_dir: Path) -> tuple[Path, ...]:
-    """Folders that the verbs of a recipe read and write, those below another left out."""
-    made = [recipe.run_dir, recipe.shards.path]
-    for path in made:
-        path.expanduser().mkdir(parents=True, exist_ok=True)  # runtimes mount what is there
+    """Folders that the verbs of a recipe read and write, and what links among them lead to.
+
+    Those below another one come with it.
+    """
     files = [recipe.validation.prompts, recipe.generate.prompts]
     files += [lora.path for lora in recipe.generate.loras]
-    read = [Path(recipe.model.path), Path(recipe.source.path), *(f.parent for f in files if f)]
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-    here = [_absolute(path) for path in (work_dir, *made, *read, hub) if path.expanduser().is_dir()]
+    read = [work_dir, Path(recipe.model.path), Path(recipe.source.path), hub]
+    read += [file.parent for file in files if file]
+    named = [*_written(recipe), *(_absolute(path) for path in read if path.expanduser().is_dir())]
+    here = dict.fromkeys(folder for path in named for folder in (path, path.resolve()))
     return tuple(
         folder
-        for folder in dict.fromkeys(here)
+        for folder in here
         if not any(folder != other and folder.is_relative_to(other) for other in here)
     )
 

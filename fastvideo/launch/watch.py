@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What became of Slurm's jobs: never hangs, and says so where it does not know."""
 
+import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,8 +32,6 @@ class Watcher:
     decided by the queue, where that answers.
 
     Args:
-        since_s: When the jobs were submitted, or earlier; since the epoch. Older records are of
-            other jobs that had the same ids.
         patience_s: How long a task has to be missing from all answers before it counts as LOST. Ten
             times as long while the accounting that should know it is out of order.
         timeout_s: How long a tool may take.
@@ -42,12 +41,10 @@ class Watcher:
     def __init__(
         self,
         *,
-        since_s: float = 0.0,
         patience_s: float = 30.0,
         timeout_s: float = 10.0,
         rest_s: float = 30.0,
     ) -> None:
-        self._since_s = since_s
         self._patience_s = patience_s
         self._sacct = Tool("sacct", timeout_s, rest_s)
         self._squeue = Tool("squeue", timeout_s, rest_s)
@@ -64,7 +61,11 @@ class Watcher:
         return tuple(filter(None, (sacct, self._squeue.trouble, self._scontrol.trouble)))
 
     def look(
-        self, ids: Sequence[str], *, tasks: Mapping[str, Collection[int]] | None = None
+        self,
+        ids: Sequence[str],
+        *,
+        tasks: Mapping[str, Collection[int]] | None = None,
+        since: Mapping[str, float] | None = None,
     ) -> States:
         """How all tasks of some jobs are now.
 
@@ -72,11 +73,13 @@ class Watcher:
             ids: What sbatch printed, without the number of a task.
             tasks: The tasks of those that are arrays. Without it only tasks are known that Slurm
                 tells of.
+            since: When jobs were submitted, since the epoch. Older records are of other jobs that
+                had the same ids.
         """
         self._looks_often = time.monotonic() - self._looked_s < _ENDS_ARE_SHOWN_S
         self._looked_s = time.monotonic()
         expected = {job: (tasks or {}).get(job, ()) for job in ids}
-        accounts = self._ask_accounting(ids)
+        accounts = self._ask_accounting(ids, since or {})
         asked = [job for job in ids if not _settled(accounts.get(job, {}), expected[job])]
         queue, answered = self._ask_queue(asked)
         states: States = {}
@@ -90,39 +93,23 @@ class Watcher:
             }
         return states
 
-    def follow(
-        self,
-        ids: Sequence[str],
-        *,
-        tasks: Mapping[str, Collection[int]] | None = None,
-        until_final: bool = True,
-        timeout_s: float | None = None,
-    ) -> Iterator[States]:
-        """Look again and again, until all is final or the time is up.
+    @property
+    def longest_pause_s(self) -> float:
+        """Until the next look; a missing task is decided in time, however old its job is."""
+        return 5.0 if self._missing_since else math.inf
 
-        Yields:
-            The states at each look. At a time-out the last ones are not all final.
+    def refuse_blindness(self) -> None:
+        """Complain if none of the tools is here: nothing would ever be known.
 
         Raises:
-            UserError: Slurm's tools are not on this machine.
+            UserError: None is.
         """
-        begin_s = time.monotonic()
-        for pause_s in intervals():
-            states = self.look(ids, tasks=tasks)
-            if all(tool.never_answers for tool in (self._sacct, self._squeue, self._scontrol)):
-                raise UserError(f"{'; '.join(self.troubles)}: watch jobs where Slurm is installed")
-            yield states
-            if until_final and all_final(states):
-                return
-            if timeout_s is not None:
-                left_s = begin_s + timeout_s - time.monotonic()
-                if left_s <= 0:
-                    return
-                pause_s = min(pause_s, left_s)
-            # A missing task is decided in time, however seldom its job was looked at so far.
-            time.sleep(min(pause_s, 5.0) if self._missing_since else pause_s)
+        tools = (self._sacct, self._squeue, self._scontrol)
+        if all(tool.trouble and tool.never_answers for tool in tools):
+            troubles = "; ".join(tool.trouble for tool in tools)
+            raise UserError(f"{troubles}: watch jobs where Slurm is installed")
 
-    def _ask_accounting(self, ids: Sequence[str]) -> States:
+    def _ask_accounting(self, ids: Sequence[str], since: Mapping[str, float]) -> States:
         """The latest start of each task; the starts before it are counted."""
         if not ids:
             return {}
@@ -132,7 +119,8 @@ class Watcher:
         rows = [
             row
             for row in slurm_output.sacct_rows(text or "")
-            if row.submitted_s is None or row.submitted_s > self._since_s - _CLOCKS_DIFFER_S
+            if row.submitted_s is None
+            or row.submitted_s > since.get(row.job, 0.0) - _CLOCKS_DIFFER_S
         ]
         # Tasks leave the line of those that wait when they start; that line is the older news.
         rows.sort(key=lambda row: (not row.waits, row.submitted_s or 0.0))
@@ -228,11 +216,6 @@ class Watcher:
             # Of a task that is cancelled while others of its array wait Slurm keeps no trace.
             state, reason = State.CANCELLED, "left the queue while it waited"
         return self._note(key, replace(known, state=state, reason=reason, may_return=False))
-
-
-def all_final(states: States) -> bool:
-    """Whether nothing more is to be expected of any task."""
-    return all(state.is_final for of_job in states.values() for state in of_job.values())
 
 
 def intervals() -> Iterator[float]:

@@ -30,8 +30,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     return submitting.make(tmp_path, monkeypatch)
 
 
-def submitted(site: Site, verb: str = "export") -> JobFolder:
-    done = site.cli(verb, "--cluster", site.cluster(preprocess={"tasks": 2}))
+def submitted(site: Site, verb: str = "export", *options: str) -> JobFolder:
+    done = site.cli(verb, "--cluster", site.cluster(preprocess={"tasks": 2}), *options)
     assert done.code == 0, done.err
     return JobFolder(Path(done.out.strip()))
 
@@ -224,7 +224,7 @@ def test_watching_where_there_are_no_jobs_ends_at_once(site: Site) -> None:
 
 
 def test_cancel_ends_what_is_under_way_and_nothing_else(site: Site) -> None:
-    folders = [submitted(site) for _ in range(3)]
+    folders = [submitted(site, "train", "--force") for _ in range(3)]
     site.accounting((101, None, "COMPLETED"), (102, None, "RUNNING"), (103, None, "RUNNING"))
     site.tools.queue("102|RUNNING|0|0|n1|0:05|None\n103|RUNNING|0|0|n1|0:05|None")
     done = site.cli("cancel", "--job", folders[1].name, "--json")

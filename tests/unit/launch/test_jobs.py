@@ -150,7 +150,7 @@ def test_how_a_job_ended_is_remembered_when_slurm_is_gone(site: Site, job: Job) 
 
 def test_many_jobs_ask_slurm_once_and_those_that_are_over_never(site: Site) -> None:
     cluster = site.cluster()
-    made = [submit("export", "recipe.yaml", cluster) for _ in range(4)]
+    made = [submit("train", "recipe.yaml", cluster, flags=["--force"]) for _ in range(4)]
     site.accounting(*done(101, 102), (103, None, "RUNNING"), (104, None, "PENDING"))
     site.tools.queue("103|RUNNING|0|0|n1|0:05|None\n104|PENDING|0|0||0:00|Priority")
     calls = len(site.tools.calls("sacct"))

@@ -112,6 +112,7 @@ def test_a_step_is_the_verb_with_what_a_node_needs_to_know(tmp_path: Path, tools
     assert srun["flags"] == [
         ["--kill-on-bad-exit", "1"],
         ["--wait", "60"],
+        ["--export", "ALL"],
         ["--cpus-per-task", "4"],
     ]
 

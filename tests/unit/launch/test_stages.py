@@ -116,11 +116,10 @@ def test_a_plan_for_another_recipe_is_made_anew(tmp_path: Path, key: str) -> Non
     assert list(made(tmp_path, "preprocess", asked)) == ["manifest", "preprocess"]
 
 
-def test_with_nothing_missing_one_task_looks_at_the_rest(tmp_path: Path) -> None:
+def test_with_nothing_missing_new_clips_are_looked_for(tmp_path: Path) -> None:
     asked = recipe(tmp_path)
     plan(asked, shards=2, done=(0, 1))
-    (part,) = made(tmp_path, "preprocess", asked).values()
-    assert part.array is None and part.argv()[3:] == ()
+    assert list(made(tmp_path, "preprocess", asked)) == ["manifest", "preprocess"]
 
 
 @pytest.mark.parametrize("flags", [("--manifest-only",), ("--shards", "0-3"), ("--every", "1/2")])
@@ -211,3 +210,8 @@ def test_a_verb_takes_what_its_table_says_and_else_what_the_cluster_says() -> No
     assert cluster.resources("train").gpus_per_node == 4
     assert cluster.resources("generate").gpus_per_node == 1
     assert Cluster().resources("generate").gpus_per_node == 0
+
+
+def test_arrays_that_run_beside_each_other_share_the_limit() -> None:
+    array = Array("--shards", {n: str(n) for n in range(30)}, parallelism=9)
+    assert [part.parallelism for part in split(array, max_array=10)] == [3, 3, 3]

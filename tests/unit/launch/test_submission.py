@@ -299,7 +299,7 @@ def test_hostile_strings_of_the_command_line_neither_inject_nor_break(
     ran = run_script(given, site.stand_ins, cwd=place, environment=variables)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     (step,) = site.stand_ins.recorded()
-    verb = [sys.executable, "-m", "fastvideo", "train", f"{folder}/recipe.yaml"]
+    verb = [sys.executable, "-P", "-m", "fastvideo", "train", f"{folder}/recipe.yaml"]
     assert step["argv"][-len(verb) - 1 :] == ["-", *verb]  # after what srun and the shield take
     assert step["environment"]["FASTVIDEO_JOB_DIR"] == f"{folder}/train"
     assert step["cwd"] == str(place)
@@ -328,7 +328,11 @@ def test_a_login_node_needs_no_torch_nor_anything_of_it(
     (site.root / "prompts.json").write_text(json.dumps(prompts))
     clusters = [site.cluster(name, submitter=name) for name in ("sbatch", "submitit")]
     commands = [
-        [verb, "recipe.yaml", f"model.task={task}", "--cluster", str(cluster)]
+        [
+            verb,
+            *["recipe.yaml", f"model.task={task}", "--cluster", str(cluster)],
+            *(["--force"] if verb == "run" else []),  # beside those before
+        ]
         for verb, cluster in zip((*VERBS, "run"), 3 * clusters, strict=True)
     ]
     for command in (*commands, ["status", "recipe.yaml"], ["cancel", "recipe.yaml"]):

@@ -95,7 +95,7 @@ def test_tasks_cancelled_while_they_waited_share_a_line(tools: Tools) -> None:
     )
     states = Watcher().look(["7"], tasks={"7": range(4)})
     assert names(states) == {0: "COMPLETED", 1: "CANCELLED", 2: "CANCELLED", 3: "CANCELLED"}
-    assert watch.all_final(states)
+    assert all(s.is_final for of_job in states.values() for s in of_job.values())
     assert tools.calls("squeue") == []
 
 
@@ -173,7 +173,8 @@ def test_of_an_end_that_both_know_accounting_tells_more(tools: Tools) -> None:
 def test_records_of_an_older_job_with_the_same_id_are_not_of_this_one(tools: Tools) -> None:
     tools.accounting("7|COMPLETED|0:0|0:0|0|1695943738|n1|None")
     tools.queue("7|PENDING|0|0||0:00|Priority")
-    assert one(Watcher(since_s=1795943738.0)).state is State.PENDING
+    states = Watcher().look(["7"], since={"7": 1795943738.0})
+    assert states["7"][None].state is State.PENDING
     assert one(Watcher()).state is State.COMPLETED
 
 
@@ -191,7 +192,7 @@ def test_without_accounting_the_queue_tells_how_jobs_ended(tools: Tools) -> None
     assert (states["7"][None].exit_code, states["7"][None].signal) == (137, 9)
     assert names(states, "8") == {None: "OUT_OF_MEMORY"}
     assert names(states, "9") == {1: "NODE_FAIL", 4: "CANCELLED"}
-    assert watch.all_final(states)
+    assert all(s.is_final for of_job in states.values() for s in of_job.values())
     assert watcher.troubles == ()
 
 
@@ -360,30 +361,14 @@ def test_scontrol_is_asked_for_one_job_or_for_all(tools: Tools) -> None:
     assert tools.calls("scontrol") == ["show job -d -o 7", "show job -d -o"]
 
 
-def test_following_ends_when_all_is_final(tools: Tools) -> None:
-    tools.queue("7|RUNNING|0|0|n1|0:02|None")
-    seen: list[str] = []
-    for states in Watcher().follow(["7"]):
-        seen += names(states).values()
-        tools.queue("7|COMPLETED|0|0|n1|0:02|None")
-    assert seen == ["RUNNING", "COMPLETED"]
-
-
-def test_following_ends_in_time(tools: Tools) -> None:
-    tools.queue("7|RUNNING|0|0|n1|0:02|None")
-    begin_s = time.monotonic()
-    seen = [names(states)[None] for states in Watcher().follow(["7"], timeout_s=0.2)]
-    assert seen == ["RUNNING", "RUNNING"]
-    assert time.monotonic() - begin_s >= 0.2
-
-
-def test_following_where_there_is_no_slurm_is_an_error(
+def test_where_there_is_no_slurm_nobody_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert one(Watcher()).state is State.UNKNOWN
+    watcher = Watcher()
+    assert one(watcher).state is State.UNKNOWN
     with pytest.raises(UserError, match="squeue: not installed here"):
-        next(Watcher().follow(["7"]))
+        watcher.refuse_blindness()
 
 
 def test_pauses_grow_and_stay_below_what_a_final_answer_may_take() -> None:
