@@ -44,7 +44,7 @@ def _part(status: PartStatus) -> str:
     where = first.nodes if part.tasks is None and status.state == State.RUNNING else ""
     elapsed = _elapsed(first.elapsed_s) if part.tasks is None else ""
     restarts = sum(task.restarts for task in status.tasks.values())
-    again = f"queued again {restarts} times" if restarts else ""
+    again = f"queued again {restarts} time{'s' if restarts > 1 else ''}" if restarts else ""
     facts = ", ".join(text for text in (tasks, waiting, where, elapsed, again) if text)
     return f"        {part.name:<12} {part.slurm_id or '':<10} {state:<13} {facts}".rstrip()
 

@@ -43,6 +43,7 @@ def test_status_counts_clips_shards_and_steps(world: World) -> None:
         "clips": {"total": 5, "encoded": 5, "filtered": {}, "failed": {}, "pending": 0},
         "shards": {"total": 2, "done": 2, "missing": []},
         "train": {"transformer": {"step": 6, "steps": 6, "checkpoints": [4, 6]}},
+        "jobs": [],
     }
     ledger = fastvideo("status", world, "--clips").out.splitlines()
     assert len(ledger) == 6

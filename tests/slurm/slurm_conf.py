@@ -29,6 +29,8 @@ class Settings:
     """From SIGTERM to SIGKILL."""
     node_timeout_s: int = 8
     """From a node's last answer to its being down."""
+    min_job_age_s: int = 300
+    """How long a job that ended is still known to squeue and scontrol."""
     max_array: int = 1001
     """One above the largest number of a task."""
 
@@ -115,7 +117,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 MaxArraySize={settings.max_array}
-MinJobAge=300
+MinJobAge={settings.min_job_age_s}
 KillWait={settings.kill_wait_s}
 MessageTimeout=5
 SlurmdTimeout={settings.node_timeout_s}
