@@ -10,8 +10,8 @@ from fastvideo.config.cluster import Cluster
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import EXIT_DONE, EXIT_UNEXPECTED, EXIT_USER_ERROR, UserError
 from fastvideo.launch import Job, dry_run, submit
-from fastvideo.launch.jobs import JobStatus, reasons, under_way
 from fastvideo.launch.states import State
+from fastvideo.launch.statuses import JobStatus, reasons, under_way
 from fastvideo.launch.table import describe
 from fastvideo.launch.word import End
 from fastvideo.log import logger

@@ -12,7 +12,7 @@ from fastvideo import state
 from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.launch import table
-from fastvideo.launch.jobs import recent
+from fastvideo.launch.statuses import recent
 from fastvideo.launch.watch import Watcher, intervals
 from fastvideo.state import LedgerRow, RunDir, ShardStore
 

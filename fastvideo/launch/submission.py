@@ -20,9 +20,10 @@ from fastvideo.errors import UserError
 from fastvideo.launch import local, local_render, slurm
 from fastvideo.launch.folder import JobFolder
 from fastvideo.launch.job import JobSpec
-from fastvideo.launch.jobs import Job, under_way
+from fastvideo.launch.jobs import Job
 from fastvideo.launch.record import Part, Record
 from fastvideo.launch.stages import USUAL_MAX_ARRAY, Asked, Ground, Verb, parts
+from fastvideo.launch.statuses import under_way
 from fastvideo.models.folder import read_config
 from fastvideo.state import RunDir
 

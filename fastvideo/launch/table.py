@@ -5,8 +5,8 @@ import shlex
 import time
 from collections.abc import Sequence
 
-from fastvideo.launch.jobs import JobStatus, PartStatus, reasons
 from fastvideo.launch.states import State
+from fastvideo.launch.statuses import JobStatus, PartStatus, reasons
 
 SHOWN_REASONS = 8
 SHOWN_CHARS = 600

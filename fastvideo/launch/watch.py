@@ -208,7 +208,7 @@ class Watcher:
         missing_s = now_s - self._missing_since.setdefault(key, now_s)
         down = self._sacct.trouble and not self._sacct.never_answers
         known = account or last
-        if missing_s < self._patience_s * (10 if down else 1):
+        if missing_s < (10 * (self._patience_s or 30.0) if down else self._patience_s):
             reason = f"not in the queue; {self._sacct.trouble or 'its end is not recorded yet'}"
             return replace(known, state=State.UNKNOWN, reason=reason)
         state, reason = State.LOST, f"left the queue; {self._sacct.trouble or _NO_END}"

@@ -11,9 +11,9 @@ import pytest
 
 from fastvideo.errors import Failed, UserError
 from fastvideo.launch import Job, dry_run, submit
-from fastvideo.launch.jobs import statuses
 from fastvideo.launch.record import Record
 from fastvideo.launch.states import State
+from fastvideo.launch.statuses import statuses
 from tests import submitting
 from tests.submitting import Site, say
 
@@ -227,3 +227,11 @@ def test_a_submission_with_a_container_makes_what_is_mounted(site: Site) -> None
     assert (site.root / "shards").is_dir()
     record = Record.read(job.folder)
     assert record is not None and json.loads(job.folder.record.read_text())["verb"] == "train"
+
+
+def test_nothing_is_lost_while_accounting_is_out_of_order(site: Site, job: Job) -> None:
+    made_earlier(job)
+    site.tools.queue("")
+    site.tools.control(error="slurm_load_jobs error: Invalid job id specified")
+    site.tools.accounting(error="sacct: error: Problem talking to the database: Connection refused")
+    assert first(job) == State.UNKNOWN

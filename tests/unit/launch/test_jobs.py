@@ -14,9 +14,9 @@ import pytest
 from fastvideo.errors import Failed, UserError
 from fastvideo.launch import Job, submit
 from fastvideo.launch.folder import JobFolder
-from fastvideo.launch.jobs import JobStatus, reasons, recent, statuses, under_way
 from fastvideo.launch.record import Record
 from fastvideo.launch.states import State
+from fastvideo.launch.statuses import JobStatus, reasons, recent, statuses, under_way
 from fastvideo.launch.table import describe
 from fastvideo.launch.watch import Watcher
 from tests import submitting
