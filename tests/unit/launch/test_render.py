@@ -17,45 +17,10 @@ from fastvideo.launch.job import Array, JobSpec
 from fastvideo.launch.local_render import local_part
 from fastvideo.launch.render import render
 from tests import stand_ins
+from tests.hostile_strings import HOSTILE
 from tests.stand_ins import StandIns, run_script
 
 ROOT = Path(__file__).parents[3]
-HOSTILE = (
-    "; touch injected",
-    "$(touch injected)",
-    "`touch injected`",
-    "&& touch injected",
-    "| touch injected",
-    "> injected",
-    "' ; touch injected ; '",
-    '" ; touch injected ; "',
-    "'\"'\"'$(touch injected)",
-    "\\'; touch injected; \\'",
-    "$IFS$(touch${IFS}injected)",
-    "${HOME}",
-    "$SLURM_JOB_ID",
-    "a b  c",
-    " leading and trailing ",
-    "*",
-    "?[a-z]",
-    "~",
-    "{a,b}",
-    "#comment",
-    "!history",
-    "%j%u%a%A",
-    "-n",
-    "--force",
-    "größe",
-    "動画",
-    "\U0001f3a5",
-    "e\u0301",
-    "a=b=c",
-    "a:b,c",
-    "\\",
-    "\\n",
-    "$'\\x41'",
-    "<(touch injected)",
-)
 BROKEN = ("a\nb", "a\n#SBATCH --uid=0", "a\rb", "a\tb", "a\x1bb", "", "a\0b")
 """What cannot be told to Slurm in a line."""
 

@@ -23,10 +23,10 @@ from fastvideo.launch.stages import Verb
 from fastvideo.launch.states import State
 from fastvideo.launch.submission import VERBS
 from tests import submitting
+from tests.hostile_strings import HOSTILE
 from tests.stand_ins import run_script
 from tests.submitting import Site
 from tests.tiny_world import World, fastvideo
-from tests.unit.launch.test_render import HOSTILE
 
 ROOT = Path(__file__).parents[3]
 NEEDED = """
