@@ -392,9 +392,10 @@ def machine() -> dict[str, Any]:
 
 def _slurm() -> str:
     """The version of the test cluster."""
-    if not (found := shutil.which("sinfo")):
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    if not (found := shutil.which("slurmctld", path=path)):
         return ""
-    return subprocess.run([found, "--version"], capture_output=True, text=True).stdout.strip()
+    return subprocess.run([found, "-V"], capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":
