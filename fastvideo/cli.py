@@ -21,6 +21,7 @@ from fastvideo.errors import (
     EXIT_STOPPED,
     EXIT_UNEXPECTED,
     EXIT_USER_ERROR,
+    STOP_SIGNALS,
     Failed,
     Stopped,
     UserError,
@@ -116,7 +117,7 @@ def _listen(arguments: argparse.Namespace) -> None:
         name = signal.Signals(number).name
         raise Stopped(f"stopped by {name}; {outcome}", by_person=number == signal.SIGINT)
 
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, stop)
 
 

@@ -2,8 +2,11 @@
 """The ways a verb ends early on purpose, and the exit codes others script against."""
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+"""Requests to stop: of a queue, and Ctrl-C."""
 EXIT_DONE = 0
 EXIT_UNEXPECTED = 1
 EXIT_USER_ERROR = 2

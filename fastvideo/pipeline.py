@@ -12,13 +12,12 @@ from typing import Self
 
 from fastvideo import atomic
 from fastvideo.config.recipe import Recipe
-from fastvideo.errors import EXIT_DONE, EXIT_STOPPED, Stopped
+from fastvideo.errors import EXIT_DONE, EXIT_STOPPED, STOP_SIGNALS, Stopped
 from fastvideo.log import logger
 from fastvideo.state import RunDir
 from fastvideo.train.node import lifeline
 
 VERBS = ("preprocess", "train", "export", "generate")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 def run(recipe: Recipe, *, force: bool = False) -> int:
@@ -57,7 +56,7 @@ class _Stops:
         self._child: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

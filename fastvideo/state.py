@@ -4,7 +4,7 @@
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -185,16 +185,25 @@ def data_fingerprint(store: ShardStore, plan: dict[str, Any]) -> str:
     return fingerprint({"shards": plan["shards"], "clips": clips})
 
 
-def shorten(indices: list[int]) -> str:
-    """``0-3,7``, the form that ``--shards`` takes; the beginning of it if it is long."""
-    parts: list[list[int]] = []
-    for index in indices:
-        if parts and index == parts[-1][-1] + 1:
-            parts[-1][1:] = [index]
+def ranges(numbers: Iterable[int]) -> str:
+    """``0-3,7``, the form that ``--shards`` takes, and Slurm for the tasks of an array."""
+    return ",".join(_runs(numbers))
+
+
+def shorten(indices: Iterable[int]) -> str:
+    """The beginning of ``ranges`` if that is long."""
+    runs = _runs(indices)
+    return ",".join(runs[:10]) + (",..." if len(runs) > 10 else "")
+
+
+def _runs(numbers: Iterable[int]) -> list[str]:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
         else:
-            parts.append([index])
-    shown = ",".join("-".join(map(str, part)) for part in parts[:10])
-    return shown + (",..." if len(parts) > 10 else "")
+            runs.append([number])
+    return ["-".join(map(str, run)) for run in runs]
 
 
 Outcome = tuple[Literal["encoded", "failed", "pending"], str, str]

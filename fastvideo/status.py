@@ -13,7 +13,7 @@ from fastvideo.config.recipe import Recipe
 from fastvideo.errors import UserError
 from fastvideo.launch import table
 from fastvideo.launch.statuses import recent
-from fastvideo.launch.watch import Watcher, intervals
+from fastvideo.launch.watch import Watcher
 from fastvideo.state import LedgerRow, RunDir, ShardStore
 
 CLEAR = "\x1b[H\x1b[2J"
@@ -91,7 +91,7 @@ def report(recipe: Recipe) -> tuple[dict[str, Any], str]:
 def watch(recipe: Recipe, *, as_json: bool = False) -> None:
     """Show the summary and the jobs until none is under way: live on a terminal, else changes."""
     watcher, last = Watcher(), ""
-    for pause_s in intervals():
+    for _ in watcher.turns():
         counts, jobs = summary(recipe), recent(recipe.run_dir, watcher=watcher)
         value = json.dumps(counts | {"jobs": [job.as_json() for job in jobs]})
         text = value if as_json else "\n".join([describe(counts), table.describe(jobs)])
@@ -102,8 +102,6 @@ def watch(recipe: Recipe, *, as_json: bool = False) -> None:
         last = value
         if all(job.is_final for job in jobs):
             return
-        watcher.refuse_blindness()
-        time.sleep(min(pause_s, watcher.longest_pause_s))
 
 
 def _clips(rows: Iterable[LedgerRow]) -> dict[str, Any]:

@@ -12,13 +12,13 @@ def visible_gpus() -> list[str]:
     None where ``nvidia-smi`` is missing or fails.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return _of_machine() if chosen is None else _listed(chosen)
+    return _of_machine() if chosen is None else listed(chosen)
 
 
-def _listed(chosen: str) -> list[str]:
-    """Those before the first that is none, as CUDA reads the list."""
+def listed(chosen: str) -> list[str]:
+    """Those of ``CUDA_VISIBLE_DEVICES`` before the first that is none, as CUDA reads it."""
     names = [name.strip() for name in chosen.split(",")]
-    end = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
+    end = next((i for i, name in enumerate(names) if not name or name.startswith("-")), len(names))
     return names[:end]
 
 

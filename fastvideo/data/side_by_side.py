@@ -19,9 +19,7 @@ from multiprocessing.context import SpawnProcess
 from fastvideo import log
 from fastvideo.data.decode import die_with_parent
 from fastvideo.data.workers import STOP_S
-from fastvideo.errors import Failed, UserError, describe
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+from fastvideo.errors import STOP_SIGNALS, Failed, UserError, describe
 
 
 def side_by_side(work: Sequence[Callable[[], None]], *, gpus: Sequence[str]) -> None:
@@ -82,7 +80,7 @@ def _start(
 @contextlib.contextmanager
 def _held_back() -> Iterator[None]:
     """Keep signals from a child until it has decided what to do with them, and from us as long."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -94,7 +92,7 @@ def _run(action: Callable[[], None], place: _Place, tell: Connection) -> None:
     die_with_parent()
     # Not ignored, which processes started from here would inherit.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // place.count)))
     if place.gpu is not None:

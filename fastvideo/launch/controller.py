@@ -15,10 +15,9 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fastvideo.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED
+from fastvideo.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, STOP_SIGNALS
 from fastvideo.launch.folder import JobFolder
 from fastvideo.launch.local import (
-    STOPS,
     LocalPart,
     LocalTask,
     Plan,
@@ -29,17 +28,11 @@ from fastvideo.launch.local import (
 )
 from fastvideo.launch.process import Process
 from fastvideo.train.node import lifeline
+from fastvideo.train.node.nodes import VARIABLES
 
 WAKE_S = 0.5
 """How often it looks for requests, which no signal tells of."""
-SIGNALS = {*STOPS, signal.SIGCHLD}
-OF_OTHERS = (
-    "FASTVIDEO_NODES",
-    "FASTVIDEO_NODE_RANK",
-    "FASTVIDEO_RENDEZVOUS",
-    "FASTVIDEO_LAUNCH_ID",
-)
-"""What a job of Slurm in which this one was submitted says to its own processes."""
+SIGNALS = {*STOP_SIGNALS, signal.SIGCHLD}
 
 
 def main() -> int:
@@ -119,7 +112,7 @@ class Controller:
             if over:
                 return all(part.has_succeeded for part in self._parts.values())
             received = signal.sigtimedwait(SIGNALS, WAKE_S)
-            if received is not None and received.si_signo in STOPS:
+            if received is not None and received.si_signo in STOP_SIGNALS:
                 print(f"{signal.Signals(received.si_signo).name}: cancelling", flush=True)
                 self._cancel(*self._parts)
 
@@ -184,7 +177,7 @@ class Controller:
         self, part: LocalPart, number: int, *, gpus: tuple[str, ...]
     ) -> "subprocess.Popen[bytes]":
         folder = self._folder.part(part.name)
-        ours = {name: value for name, value in os.environ.items() if name not in OF_OTHERS}
+        ours = {name: value for name, value in os.environ.items() if name not in VARIABLES}
         of_task = {
             "FASTVIDEO_JOB_DIR": str(folder.root),
             "FASTVIDEO_TASK": str(number),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is launched: a part of a job, in plain values that a renderer turns into a script."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,14 +53,3 @@ class JobSpec:
         """The command line of a task, without what starts a container around it."""
         of_task = (self.array.option, self.array.values[task]) if self.array else ()
         return (*self.program, *self.command, *of_task)
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """``3,7,9-12``, as Slurm and ``--shards`` take it."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)

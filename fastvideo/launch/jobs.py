@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job that was submitted: how far it is, what it said, what came of it, and how to end it."""
 
-import math
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from fastvideo.launch.folder import JobFolder
 from fastvideo.launch.record import Part, Record
 from fastvideo.launch.states import State
 from fastvideo.launch.statuses import JobStatus, reasons, statuses
-from fastvideo.launch.watch import Watcher, intervals
+from fastvideo.launch.watch import Watcher
 from fastvideo.launch.word import newest_words
 
 
@@ -46,19 +44,17 @@ class Job:
         """How far it is now."""
         return next(iter(statuses([self.folder], watcher=self._watcher)))
 
-    def follow(self) -> Iterator[JobStatus]:
-        """How far it is, again and again with growing pauses, until nothing more is to come.
+    def follow(self, *, timeout_s: float | None = None) -> Iterator[JobStatus]:
+        """How far it is, again and again with growing pauses, until it is over or the time is up.
 
         Raises:
             UserError: None of Slurm's tools is here, so that nobody will ever know.
         """
-        for pause_s in intervals():
+        for _ in self._watcher.turns(timeout_s=timeout_s):
             status = self.status()
             yield status
             if status.is_final:
                 return
-            self._watcher.refuse_blindness()
-            time.sleep(min(pause_s, self._watcher.longest_pause_s))
 
     def wait(self, *, timeout_s: float | None = None) -> JobStatus:
         """Wait until it is over, however it ends.
@@ -67,17 +63,10 @@ class Job:
             TimeoutError: It is not, after ``timeout_s``.
             UserError: None of Slurm's tools is here, so that nobody will ever know.
         """
-        deadline_s = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
-        for pause_s in intervals():
-            status = self.status()
+        for status in self.follow(timeout_s=timeout_s):
             if status.is_final:
                 return status
-            self._watcher.refuse_blindness()
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise TimeoutError(f"{self.folder.name}: is {status.state} after {timeout_s:g} s")
-            time.sleep(min(pause_s, left_s, self._watcher.longest_pause_s))
-        raise AssertionError("pauses never end")
+        raise TimeoutError(f"{self.folder.name}: is {status.state} after {timeout_s:g} s")
 
     def logs(self) -> dict[str, dict[int, str]]:
         """What was said, by part and task; tasks that have not begun are left out."""

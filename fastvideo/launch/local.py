@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jobs of this machine: starts what runs them, tells how far they are, and cancels them."""
 
-import itertools
 import json
 import os
 import signal
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from fastvideo import atomic
-from fastvideo.errors import UserError
+from fastvideo.data.gpus import listed
+from fastvideo.errors import STOP_SIGNALS, UserError
 from fastvideo.launch.folder import JobFolder, PartFolder
 from fastvideo.launch.process import Process
 
-STOPS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 GRACE_S = 60.0
 """How long tasks may take to save their state once they are asked to stop."""
 POLL_S = 0.2
@@ -116,10 +115,7 @@ def gpu_pool(count: int, *, visible: str | None) -> tuple[str, ...]:
     """
     if visible is None:
         return tuple(map(str, range(count)))
-    names = [name.strip() for name in visible.split(",")]
-    # CUDA, too, sees nothing from the first name on that is none.
-    shown = itertools.takewhile(lambda name: name and not name.startswith("-"), names)
-    return tuple(dict.fromkeys(shown))[:count]
+    return tuple(dict.fromkeys(listed(visible)))[:count]
 
 
 def start(
@@ -292,7 +288,7 @@ def _spawn(folder: JobFolder) -> int:
     Its signals are held back until it asks for them, so that none is lost while Python starts.
     """
     log = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    held = {*STOPS, signal.SIGCHLD}
+    held = {*STOP_SIGNALS, signal.SIGCHLD}
     return os.posix_spawn(
         sys.executable,
         [sys.executable, "-P", "-m", "fastvideo.launch.controller", str(folder.root)],

@@ -9,7 +9,7 @@ from fastvideo.config.cluster import Cluster
 from fastvideo.errors import UserError
 from fastvideo.launch.job import JobSpec
 from fastvideo.launch.local import LocalPart
-from fastvideo.launch.render import caches, entered, environment
+from fastvideo.launch.render import caches, entered, environment, pieces
 
 
 def local_part(spec: JobSpec) -> LocalPart:
@@ -22,12 +22,16 @@ def local_part(spec: JobSpec) -> LocalPart:
     tasks = spec.array.values if spec.array else (0,)
     job = spec.folder.parent.name
     marks = {"%u": getpass.getuser(), "%j": job}
+
+    def filled(template: str) -> str:
+        return "".join(marks.get(piece, piece) for piece in pieces(template))
+
     return LocalPart(
         name=spec.name,
         argv={task: (*prefix, *spec.argv(task)) for task in tasks},
         environment={
             **environment(spec),
-            **{name: _expanded(text, marks) for name, text in caches(spec.cluster).items()},
+            **{name: filled(text) for name, text in caches(spec.cluster).items()},
         },
         work_dir=spec.work_dir,
         after=spec.after,
@@ -56,9 +60,3 @@ def dry_run(specs: Sequence[JobSpec]) -> str:
         variables = [f"{name}={shlex.quote(value)}" for name, value in part.environment.items()]
         lines += [" ".join([*variables, shlex.join(argv)]) for argv in part.argv.values()]
     return "\n".join(lines) + "\n"
-
-
-def _expanded(template: str, marks: dict[str, str]) -> str:
-    for mark, value in marks.items():
-        template = template.replace(mark, value)
-    return template

@@ -5,30 +5,26 @@ Nothing here looks at the machine, so the same part always gives the same text. 
 shell through ``shlex.quote`` alone.
 """
 
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastvideo.config.cluster import Cluster
 from fastvideo.errors import UserError
 from fastvideo.launch.container import Entered, enter
-from fastvideo.launch.job import Array, JobSpec, ranges
+from fastvideo.launch.job import Array, JobSpec
+from fastvideo.launch.word import JOB_DIR, RESTART, TASK
+from fastvideo.state import ranges
+from fastvideo.train.node.nodes import VARIABLES
 
 SRUN = ("--kill-on-bad-exit=1", "--wait=60", "--export=ALL")
 """One node's failure ends the others', at once; so does its end, a minute later. Where a site or a
 user says ``--export=NONE`` the variables of the script still reach the step."""
 SHIELD = """bash -c "trap '' TERM USR2; exec \\"\\$@\\"" -"""
 """No request to stop ends a process before it listens to them; Slurm ends it in its own time."""
-OF_STEP = (
-    "FASTVIDEO_JOB_DIR",
-    "FASTVIDEO_TASK",
-    "FASTVIDEO_RESTART",
-    "FASTVIDEO_NODES",
-    "FASTVIDEO_NODE_RANK",
-    "FASTVIDEO_RENDEZVOUS",
-    "FASTVIDEO_LAUNCH_ID",
-)
+OF_STEP = (JOB_DIR, TASK, RESTART, *VARIABLES)
 FROM_SLURM = ("SLURM_PROCID", "SLURM_JOB_ID")
 FROM_OUTSIDE = ("CUDA_VISIBLE_DEVICES", "HOME", "USER", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE")
 """What a process needs to see in a container beside what the cluster and the body set."""
@@ -96,6 +92,11 @@ def caches(cluster: Cluster) -> dict[str, str]:
         for name, folder in folders.items()
         if name not in cluster.environment
     }
+
+
+def pieces(template: str) -> list[str]:
+    """A path cut at ``%u`` and ``%j``, which are pieces of their own."""
+    return [piece for piece in re.split("(%[uj])", template) if piece]
 
 
 def entered(spec: JobSpec, *, slurm: bool) -> Entered:
@@ -219,13 +220,8 @@ def _exports(spec: JobSpec) -> list[str]:
 
 def _expanded(template: str) -> str:
     """A word of the shell with ``%u`` and ``%j`` filled in when it runs."""
-    marks: Mapping[str, str] = {"%u": '"${USER:-$UID}"', "%j": '"$SLURM_JOB_ID"'}
-    pieces, rest = [], template
-    while (at := rest.find("%")) >= 0:
-        mark = rest[at : at + 2]
-        pieces += [shlex.quote(rest[:at]), marks.get(mark, shlex.quote(mark))]
-        rest = rest[at + 2 :]
-    return "".join([*pieces, shlex.quote(rest)])
+    marks = {"%u": '"${USER:-$UID}"', "%j": '"$SLURM_JOB_ID"'}
+    return "".join(marks.get(piece) or shlex.quote(piece) for piece in pieces(template))
 
 
 def _values(array: Array | None) -> list[str]:

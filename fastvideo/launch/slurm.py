@@ -13,6 +13,7 @@ from fastvideo.launch import batch
 from fastvideo.launch.folder import JobFolder
 from fastvideo.launch.job import JobSpec
 from fastvideo.launch.render import Options, Rendered, render
+from fastvideo.launch.slurm_tools import run
 from fastvideo.launch.stages import USUAL_MAX_ARRAY
 
 TIMEOUT_S = 60.0
@@ -143,24 +144,19 @@ def _call(command: Sequence[str], *, part: str = "", options: Options | None = N
     """Run one of Slurm's commands and return what it prints."""
     _find(command[0])
     try:
-        done = subprocess.run(
-            command,
-            env=_clean(os.environ, options or {}),
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=TIMEOUT_S,
+        code, output, errors = run(
+            command, environment=_clean(os.environ, options or {}), timeout_s=TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
         raise Failed(
             f"{' '.join(command[:3])}: no answer for {TIMEOUT_S:g} s; look with squeue whether it "
             "did its work, and try again"
         ) from None
-    if done.returncode == 0:
-        return done.stdout
+    if code == 0:
+        return output
     if part:
-        raise _refused(part, done.stderr)
-    raise Failed(f"{' '.join(command[:3])}: {_last_lines(done.stderr)}")
+        raise _refused(part, errors)
+    raise Failed(f"{' '.join(command[:3])}: {_last_lines(errors)}")
 
 
 def _find(command: str) -> None:

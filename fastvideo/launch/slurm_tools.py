@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 # What Slurm answers where it is well and the job is not there.
@@ -39,7 +40,8 @@ class Tool:
     def _try(self, arguments: tuple[str, ...]) -> tuple[str, str, bool]:
         """Its output, its trouble, and whether that will stay."""
         try:
-            code, output, errors = _run([self.name, *arguments], timeout_s=self.timeout_s)
+            command, limit_s = [self.name, *arguments], self.timeout_s
+            code, output, errors = run(command, environment=_environment(), timeout_s=limit_s)
         except FileNotFoundError:
             return "", "not installed here", True
         except OSError as error:
@@ -52,8 +54,18 @@ class Tool:
         return "", lines[-1], _NO_ACCOUNTING in errors.lower()
 
 
-def _run(command: list[str], *, timeout_s: float) -> tuple[int, str, str]:
-    """Exit code, output and errors; on a time-out all it started is killed."""
+def run(
+    command: Sequence[str], *, environment: Mapping[str, str], timeout_s: float
+) -> tuple[int, str, str]:
+    """Run one of Slurm's commands; on a time-out all it started is killed.
+
+    Returns:
+        Exit code, output and errors.
+
+    Raises:
+        subprocess.TimeoutExpired: It did not answer in time.
+        OSError: It cannot be started.
+    """
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -61,7 +73,7 @@ def _run(command: list[str], *, timeout_s: float) -> tuple[int, str, str]:
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
-        env=_environment(),
+        env=environment,
         process_group=0,
     ) as process:
         try:

@@ -10,8 +10,8 @@ from fastvideo import state
 from fastvideo.config.cluster import Cluster, Resources
 from fastvideo.config.recipe import Recipe
 from fastvideo.launch.folder import JobFolder
-from fastvideo.launch.job import Array, JobSpec, ranges
-from fastvideo.state import ShardStore
+from fastvideo.launch.job import Array, JobSpec
+from fastvideo.state import ShardStore, ranges
 
 Verb = Literal["preprocess", "train", "export", "generate", "run"]
 USUAL_MAX_ARRAY = 1001

@@ -17,11 +17,11 @@ from fastvideo import atomic
 from fastvideo.errors import EXIT_DONE
 from fastvideo.launch import local
 from fastvideo.launch.folder import JobFolder
-from fastvideo.launch.job import ranges
 from fastvideo.launch.record import Part, Record, job_folders
 from fastvideo.launch.states import State, TaskState
 from fastvideo.launch.watch import States, Watcher
 from fastvideo.launch.word import Word, newest_words
+from fastvideo.state import ranges
 
 WORST = (
     State.FAILED,

@@ -93,10 +93,22 @@ class Watcher:
             }
         return states
 
-    @property
-    def longest_pause_s(self) -> float:
-        """Until the next look; a missing task is decided in time, however old its job is."""
-        return 5.0 if self._missing_since else math.inf
+    def turns(self, *, timeout_s: float | None = None) -> Iterator[None]:
+        """Turns to look, with growing pauses between them, until the time is up.
+
+        Raises:
+            UserError: None of the tools is here, so that nobody will ever know.
+        """
+        deadline_s = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
+        for pause_s in intervals():
+            yield
+            self.refuse_blindness()
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return
+            # A missing task is decided in time, however old its job is.
+            longest_s = 5.0 if self._missing_since else math.inf
+            time.sleep(min(pause_s, left_s, longest_s))
 
     def refuse_blindness(self) -> None:
         """Complain if none of the tools is here: nothing would ever be known.

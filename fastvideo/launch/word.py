@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from fastvideo import atomic
-from fastvideo.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, UserError, describe
+from fastvideo.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    EXIT_UNEXPECTED,
+    STOP_SIGNALS,
+    UserError,
+    describe,
+)
 from fastvideo.launch.folder import PartFolder
 from fastvideo.log import logger
 from fastvideo.train.node.nodes import read_rank
@@ -25,7 +32,6 @@ REMEDIES = {
     "preprocess": "make shards smaller (shards.rows)",
     "train": "save more often (train.checkpoint.every_steps, every_minutes)",
 }
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ class Task:
                 self.folder.requeue(self.number).unlink(missing_ok=True)
 
     def _leave(self, verb: str, end: End) -> End:
-        for number in SIGNALS:  # all is saved; another request to stop has nothing to add
+        for number in STOP_SIGNALS:  # all is saved; another request to stop has nothing to add
             signal.signal(number, signal.SIG_IGN)
         if self.node > 0:
             end = dataclasses.replace(end, requeue=False)

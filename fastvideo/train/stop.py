@@ -8,9 +8,8 @@ from types import FrameType
 from typing import Any, Self
 
 from fastvideo import atomic
-from fastvideo.errors import Stopped, UserError
+from fastvideo.errors import STOP_SIGNALS, Stopped, UserError
 from fastvideo.state import RunDir, TrainDir
-from fastvideo.train.node.lifeline import SIGNALS
 
 STOP_FILE = "the STOP file"
 
@@ -32,7 +31,7 @@ class StopRequest:
         self._signal: signal.Signals | None = None
         self._honoured: str | None = None
         self._before: dict[int, Any] = {
-            number: signal.signal(number, self._receive) for number in SIGNALS
+            number: signal.signal(number, self._receive) for number in STOP_SIGNALS
         }
 
     def __enter__(self) -> Self:

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fastvideo import atomic
+from fastvideo.errors import STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-"""Requests to stop."""
 LAST_BREATH_S = 10.0
 """How long killed processes may take to give their memory back."""
 
@@ -26,7 +25,7 @@ def start(module: str, arguments: Sequence[str], *, log: Path) -> subprocess.Pop
     Signals are held back until it decides what to do with them (``deaf``), so that none kills it
     while Python starts.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with open(log, "ab") as file:
             command = [sys.executable, "-m", module, *arguments]
@@ -69,9 +68,9 @@ def _children(pid: int) -> list[int]:
 
 def deaf() -> None:
     """Ignore requests to stop, as do processes started from here until they install handlers."""
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def die_with(parent: int) -> None:

@@ -10,6 +10,8 @@ from fastvideo.errors import UserError
 
 COUNT, RANK = "FASTVIDEO_NODES", "FASTVIDEO_NODE_RANK"
 RENDEZVOUS, LAUNCH_ID = "FASTVIDEO_RENDEZVOUS", "FASTVIDEO_LAUNCH_ID"
+VARIABLES = (COUNT, RANK, RENDEZVOUS, LAUNCH_ID)
+"""All of them, or none, are set on each node."""
 RENDEZVOUS_S = 900
 """How long nodes wait for each other."""
 
@@ -43,14 +45,13 @@ def read_nodes(environment: Mapping[str, str]) -> Nodes:
     Raises:
         UserError: One is missing or wrong, with its name.
     """
-    names = (COUNT, RANK, RENDEZVOUS, LAUNCH_ID)
-    found = {name: environment[name] for name in names if environment.get(name)}
+    found = {name: environment[name] for name in VARIABLES if environment.get(name)}
     if not found:
         return Nodes()
-    if missing := [name for name in names if name not in found]:
+    if missing := [name for name in VARIABLES if name not in found]:
         raise UserError(
             f"{' and '.join(found)}: set without {' and '.join(missing)}; set all of "
-            f"{', '.join(names)} on each node, or none"
+            f"{', '.join(VARIABLES)} on each node, or none"
         )
     count = _number(found, COUNT, at_least=1)
     rank = read_rank(environment)

@@ -11,9 +11,9 @@ from fastvideo import hashing
 from fastvideo.config.cluster import ArrayResources, Cluster, Resources
 from fastvideo.config.recipe import Recipe
 from fastvideo.launch.folder import JobFolder
-from fastvideo.launch.job import Array, JobSpec, ranges
+from fastvideo.launch.job import Array, JobSpec
 from fastvideo.launch.stages import Asked, Ground, Verb, dealt, parts, split
-from fastvideo.state import SCHEMA_VERSION, ShardStore, marker_path
+from fastvideo.state import SCHEMA_VERSION, ShardStore, marker_path, ranges
 
 SLURM = Cluster(executor="slurm", nodes=2, gpus_per_node=8, preprocess=ArrayResources(tasks=3))
 

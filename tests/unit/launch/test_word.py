@@ -19,7 +19,7 @@ STOPPED = End(75, "stopped by SIGUSR2", progress=7, requeue=True)
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
     """A process that has left word is deaf; this one goes on."""
-    before = {number: signal.getsignal(number) for number in word.SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
