@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -82,23 +82,11 @@ _PLACE = re.compile(r"(\d+)\.(\d+)\.(\d+)\.json")
 _SAID = {field.name for field in dataclasses.fields(Word)} - {"task", "restart", "node"}
 
 
-def read_words(folder: PartFolder) -> list[Word]:
-    """All words that were left in the folder of a part, by task, restart and node."""
-    found = filter(None, map(Word.read, folder.ended.glob("*.json")))
-    return sorted(found, key=lambda word: (word.task, word.restart, word.node))
-
-
-def newest_word(words: Iterable[Word], task: int) -> Word | None:
-    """The word of the last start of a task that left one; of several nodes that of the first."""
-    return max(
-        (word for word in words if word.task == task),
-        key=lambda word: (word.restart, -word.node),
-        default=None,
-    )
-
-
 def newest_words(folder: PartFolder, tasks: Collection[int]) -> dict[int, Word]:
-    """``newest_word`` of each of some tasks; no other file is read."""
+    """The words of the last starts of some tasks that left one; of several nodes that of the first.
+
+    No other file is read.
+    """
     newest: dict[int, tuple[int, int]] = {}
     wanted = frozenset(tasks)
     for path in folder.ended.glob("*.json"):

@@ -19,11 +19,12 @@ from pathlib import Path
 import pytest
 
 from fastvideo.launch.folder import PartFolder
-from fastvideo.launch.word import newest_word, read_words
+from fastvideo.launch.word import newest_words
 from fastvideo.preprocess import preprocess
 from fastvideo.state import ShardStore
 from tests.parent_job import Command, assert_same, start, until
 from tests.tiny_world import World, in_fork, make_world, passes
+from tests.words import read_words
 
 RANDOM_KILLS = int(os.environ.get("FASTVIDEO_TEST_KILLS", "1"))
 TARGETS: dict[str, Callable[[Command], list[int]]] = {
@@ -304,6 +305,6 @@ def test_a_signal_to_all_processes_of_two_nodes_of_a_job_stops_both_and_asks_for
     assert [node.process.wait(120) for node in done] == [0, 0], done[0].said.read_text()
     assert_same(run_dir, undisturbed.run_dir)
     assert not part.requeue(0).exists(), "that of the start before"
-    newest = newest_word(read_words(part), 0)
+    newest = newest_words(part, [0]).get(0)
     assert newest is not None and (newest.restart, newest.node, newest.code) == (1, 0, 0)
     assert newest.result == {"trained": {"transformer": {"step": 60, "ran": True}}}

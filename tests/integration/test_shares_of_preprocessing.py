@@ -16,7 +16,6 @@ from fastvideo.data import fill
 from fastvideo.data.gpus import visible_gpus
 from fastvideo.errors import Failed, UserError
 from fastvideo.launch.folder import PartFolder
-from fastvideo.launch.word import read_words
 from fastvideo.preprocess import preprocess
 from fastvideo.state import ShardStore
 from tests.tiny_world import (
@@ -29,6 +28,7 @@ from tests.tiny_world import (
     start_fork,
     wait_for,
 )
+from tests.words import read_words
 
 TWO = "preprocess.processes=2"
 RESULTS = ("shard-*", "validation.parquet", "validation.json")

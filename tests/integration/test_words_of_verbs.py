@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from fastvideo.launch.folder import PartFolder
-from fastvideo.launch.word import Word, read_words
+from fastvideo.launch.word import Word
 from fastvideo.preprocess import preprocess
 from fastvideo.state import RunDir
 from tests.tiny_world import World, fastvideo, in_fork, make_world, start_command, wait_for
+from tests.words import read_words
 
 LONG = "train.steps=500"
 

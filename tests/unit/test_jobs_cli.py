@@ -18,16 +18,9 @@ import pytest
 
 from fastvideo.launch.folder import JobFolder
 from fastvideo.status import CLEAR
-from tests import submitting
 from tests.submitting import Site, say
 
 PATIENCE_S = 60.0
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    monkeypatch.chdir(tmp_path)
-    return submitting.make(tmp_path, monkeypatch)
 
 
 def submitted(site: Site, verb: str = "export", *options: str) -> JobFolder:

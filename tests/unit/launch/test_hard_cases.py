@@ -14,14 +14,7 @@ from fastvideo.launch import Job, dry_run, submit
 from fastvideo.launch.record import Record
 from fastvideo.launch.states import State
 from fastvideo.launch.statuses import statuses
-from tests import submitting
 from tests.submitting import Site, say
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    monkeypatch.chdir(tmp_path)
-    return submitting.make(tmp_path, monkeypatch)
 
 
 @pytest.fixture

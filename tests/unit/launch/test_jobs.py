@@ -27,12 +27,6 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    monkeypatch.chdir(tmp_path)
-    return submitting.make(tmp_path, monkeypatch)
-
-
-@pytest.fixture
 def job(site: Site) -> Job:
     """A pipeline whose arrays have three tasks: parts 101 to 105, shards 102."""
     return submit("run", "recipe.yaml", site.cluster(preprocess={"tasks": 3}))

@@ -22,7 +22,6 @@ from fastvideo.launch.record import Record
 from fastvideo.launch.stages import Verb
 from fastvideo.launch.states import State
 from fastvideo.launch.submission import VERBS
-from tests import submitting
 from tests.hostile_strings import HOSTILE
 from tests.stand_ins import run_script
 from tests.submitting import Site
@@ -34,12 +33,6 @@ pydantic pydantic_core annotated_types typing_extensions typing_inspection
 yaml _yaml submitit cloudpickle tqdm
 """
 """What a login node has, with what that needs itself."""
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    monkeypatch.chdir(tmp_path)
-    return submitting.make(tmp_path, monkeypatch)
 
 
 # ---------------------------------------------------------------- what is written

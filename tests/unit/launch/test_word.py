@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fastvideo.errors import UserError
-from fastvideo.launch import word
+from fastvideo.errors import STOP_SIGNALS, UserError
 from fastvideo.launch.folder import PartFolder
-from fastvideo.launch.word import End, Task, newest_word, read_words
+from fastvideo.launch.word import End, Task, newest_words
+from tests.words import read_words
 
 STOPPED = End(75, "stopped by SIGUSR2", progress=7, requeue=True)
 
@@ -117,7 +117,7 @@ def test_restarts_that_gain_nothing_are_not_asked_for_for_ever(tmp_path: Path) -
     for words in ("stopped by SIGUSR2", "3 restarts in a row gained nothing", "time_minutes"):
         assert words in end.message
     assert "every_minutes" in end.message
-    assert newest_word(read_words(folder), 0).message == end.message  # type: ignore[union-attr]
+    assert newest_words(folder, [0]).get(0).message == end.message  # type: ignore[union-attr]
 
 
 def test_progress_and_ends_without_a_word_begin_the_count_anew(tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_the_newest_word_is_of_the_last_start_and_of_its_first_node(tmp_path: Pa
     folder = PartFolder(tmp_path)
     for restart, node in ((0, 0), (1, 2), (1, 1), (0, 1)):
         leave(folder, STOPPED, restart=restart, node=node)
-    newest = newest_word(read_words(folder), 0)
+    newest = newest_words(folder, [0]).get(0)
     assert newest is not None and (newest.restart, newest.node) == (1, 1)
-    assert newest_word(read_words(folder), 1) is None
+    assert newest_words(folder, [1]).get(1) is None
 
 
 def test_a_folder_that_cannot_be_written_does_not_change_the_end(tmp_path: Path) -> None:
